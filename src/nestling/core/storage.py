@@ -1,0 +1,272 @@
+"""Files: atomic writes, rows with bad-row policy, content hashes, folder locks. An artifact is whole or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TextIO, TypeVar
+
+import zstandard
+
+from nestling.core.errors import UserError
+
+T = TypeVar("T")
+BadRows = Literal["stop", "skip"]
+MAX_LINE = 64 * 1024 * 1024  # characters; a longer "line" is a file of another kind
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write to a temporary neighbour, fsync, rename: after a crash the old or the new content stands, never a mixture.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON; NaN is refused, since other readers would not take it."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        UserError: missing file or broken JSON, with the line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"can't be read: {error.strerror}", where=path) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"broken JSON in line {error.lineno}: {error.msg}", where=path) from None
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The one-line form of a failed write: disk full, read-only folder, …"""
+    return UserError(
+        f"can't write: {error.strerror or error}", where=path, fix="free space or choose another folder with --out"
+    )
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; on success every file is fsynced and the folder takes the place of `path`.
+
+    Raises:
+        UserError: the disk is full or read-only; what stood at `path` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file)
+        _fsync(temporary)
+        _replace_folder(temporary, path)
+    except OSError as error:
+        raise disk_error(error, path) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; a folder that stood there steps aside first and is removed last."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file for reading as strict UTF-8, decompressed by its ending (.gz, .zst).
+
+    Raises:
+        UserError: the file is missing or can't be opened. Decoding errors surface while reading: see `read_lines`.
+    """
+    try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rt", encoding="utf-8", newline="\n")
+        if path.suffix == ".zst":
+            return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8", newline="\n")
+        return path.open(encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"can't be read: {error.strerror}", where=path) from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a text file.
+
+    Raises:
+        UserError: not UTF-8, a truncated or damaged archive, or one gigantic line; names the line.
+    """
+    number = 0
+    with open_text(path) as file:
+        try:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise UserError(
+                        f"line {number} is longer than {MAX_LINE:,} characters", where=path, fix="split it into lines"
+                    )
+                yield number, line.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            bad = f"0x{error.object[error.start]:02x}" if error.object else "?"
+            raise UserError(
+                f"not UTF-8 text after line {number}: byte {bad}", where=path, fix="convert it with iconv -t UTF-8"
+            ) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise UserError(
+                f"archive is cut off or damaged after line {number}: {error}", where=path, fix="fetch the file again"
+            ) from None
+
+
+def read_rows(
+    path: Path,
+    parse: Callable[[Mapping[str, Any]], T],
+    on_bad_row: BadRows = "stop",
+    skipped: list[str] | None = None,
+) -> Iterator[T]:
+    """Each JSON line of a file, parsed.
+
+    Args:
+        parse: such as `Conversation.from_row`; its UserError becomes "file:line: reason".
+        on_bad_row: "stop" raises at the first bad row; "skip" appends the reason to `skipped` and goes on.
+
+    Raises:
+        UserError: a bad row under "stop", or a file that can't be read at all.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield parse(_json_object(line))
+        except UserError as error:
+            reason = f"{path}:{number}: {error}"
+            if on_bad_row == "stop":
+                raise UserError(reason, fix="mend the row or pass --on-bad-row skip") from None
+            if skipped is not None:
+                skipped.append(reason)
+
+
+def _json_object(line: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"broken JSON at column {error.colno}: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise UserError("a row must be a JSON object", value=line)
+    return row
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write JSON lines atomically (gzip or zstandard by the file's ending); returns how many."""
+    count = 0
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _create_text(temporary) as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        _fsync(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _create_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "wt", encoding="utf-8")
+    if path.suffix == ".zst":
+        return io.TextIOWrapper(zstandard.open(path, "wb"), encoding="utf-8")
+    return path.open("w", encoding="utf-8")
+
+
+def content_hash(path: Path) -> str:
+    """A hash of a file's bytes, or of every file below a folder with its name; hidden files don't count."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class FolderLock:
+    """An exclusive lock on a folder for one process, released by the kernel even after kill -9.
+
+    Raises:
+        UserError: on entering, when another process holds it or the folder can't be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+
+    def __enter__(self) -> FolderLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self.path.read_text().strip()
+            raise UserError(
+                f"another run (process {holder or 'unknown'}) is writing here",
+                where=self.path.parent,
+                fix="wait for it, or choose another folder with --out",
+            ) from None
+        except OSError as error:
+            raise disk_error(error, self.path.parent) from None
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
