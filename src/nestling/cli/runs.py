@@ -1,0 +1,97 @@
+"""Verbs about whole runs: `nestling run RECIPE` and `nestling report RUN`."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nestling.core import pipeline
+from nestling.core.config import nearest
+from nestling.core.errors import UserError
+from nestling.core.recipe import Recipe, load_recipe
+from nestling.core.runtime import detect
+from nestling.report.build import build_report
+from nestling.report.table import capability_table
+
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<recipe>]")]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one in recipes/.")] = "",
+    out: OutOption = None,
+    text: Annotated[Path | None, typer.Option(help="Learn from this text file or folder instead.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: stage.key=value.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    on_bad_row: Annotated[str, typer.Option(help="What a bad row of a data file does: stop or skip.")] = "stop",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Run a recipe: raw text to an aligned chat model, stage by stage. Finished stages are skipped."""
+    path = _recipe_path(recipe or ("own-text" if text else "demo"))
+    overrides = list(set_ or [])
+    plan = load_recipe(path, overrides)
+    if text is not None:
+        plan = _on_text(plan, text)
+    if on_bad_row != "stop":
+        plan = _on_bad_row(plan, on_bad_row)
+    folder = out or Path("runs") / plan.name
+    pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet)
+    show(folder)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Write report.json and report.html of a run and print its table."""
+    if not (folder / "recipe.json").exists():
+        raise UserError("not a run folder (it has no recipe.json)", where=folder)
+    build_report(folder)
+    show(folder)
+
+
+def show(folder: Path) -> None:
+    """Print what the run's model can do beside its bars, and where the report lies."""
+    rows = capability_table(build_report(folder))
+    console = Console(highlight=False)
+    if rows:
+        table = Table(title=f"{folder}: what the model can do")
+        for name in ("measure", "value", "bar", "", "n", "95 % interval"):
+            table.add_column(name, justify="left" if name == "measure" else "right")
+        for row in rows:
+            count = "" if row.n is None else str(row.n)
+            table.add_row(row.title, row.value_text, row.bar_text, row.met_text, count, row.interval_text)
+        console.print(table)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _recipe_path(name: str) -> Path:
+    """The file itself, or recipes/<name>.yaml here or beside the installed sources."""
+    if Path(name).is_file():
+        return Path(name)
+    shelves = [Path("recipes"), Path(str(importlib.resources.files("nestling"))).parents[1] / "recipes"]
+    known = [path for shelf in shelves for path in shelf.glob("*.yaml")]
+    for path in known:
+        if path.stem == name.removesuffix(".yaml"):
+            return path
+    raise UserError("no such recipe", value=name, fix=nearest(Path(name).stem, {path.stem for path in known}))
+
+
+def _on_text(recipe: Recipe, text: Path) -> Recipe:
+    """The recipe with every corpus stage reading the given text."""
+    if not text.exists():
+        raise UserError("no such file or folder", where="--text", value=str(text))
+    if not any(spec.stage == "corpus" for spec in recipe.stages):
+        raise UserError("the recipe has no corpus stage to point at the text", where="--text")
+    sources = [{"source": "files", "settings": {"paths": [str(text)]}}]
+    stages = tuple(
+        spec.model_copy(update={"settings": spec.settings | {"sources": sources}}) if spec.stage == "corpus" else spec
+        for spec in recipe.stages
+    )
+    return recipe.model_copy(update={"stages": stages})

@@ -1,0 +1,5 @@
+"""Logits to tokens, tokens to replies: the one engine behind chat, server, rollouts, evaluation and synthesis.
+
+Reading order: sampling (what a request asks for), filters (pure functions on logits), strategy (the contract) and strategies/,
+sequence (what is known about one request), slots (cache rows), engine (the loop), chat (messages and tools), session.
+"""

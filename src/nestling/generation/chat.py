@@ -1,0 +1,124 @@
+"""Messages in, messages out: prompts rendered, tool calls answered on the way, replies parsed.
+
+A reply with a tool call is one token sequence. When the model has written <tool_call>{json}</tool_call><|im_end|>, the tool's
+result and a new assistant header are forced behind it, and the model goes on:
+
+    12 + 3 is <tool_call>{"name": "calculator", …}</tool_call><|im_end|>        sampled
+    \\n<|im_start|>tool\\n15<|im_end|>\\n<|im_start|>assistant\\n                  forced
+    12 + 3 = 15.<|im_end|>                                                      sampled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nestling import tools as toolbox
+from nestling.core.runtime import stream_seed
+from nestling.core.types import Message, ToolCall
+from nestling.generation.engine import Engine
+from nestling.generation.sampling import Sampling
+from nestling.generation.sequence import Completion, Request
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.conversation import parse_reply, render
+from nestling.tokenizer.special import CALL_START, TURN_END
+
+MAX_ROUNDS = 4
+MALFORMED = 'error: the call is not valid; write {"name": "…", "arguments": {…}}'
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one prompt.
+
+    With a tool: messages = (assistant with tool_calls, tool with the result, assistant with the final text).
+    """
+
+    messages: tuple[Message, ...]
+    text: str
+    """Content of the last assistant message."""
+    completion: Completion
+
+
+def replies(
+    engine: Engine,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    seed: int,
+    tools: Sequence[str] = (),
+    max_rounds: int = MAX_ROUNDS,
+) -> list[Reply]:
+    """Answer all prompts in one batch; prompt i has its own random stream, derived from (seed, i).
+
+    Args:
+        tools: names of the tools on offer; a call is run and the model goes on with the result.
+        max_rounds: tool rounds per reply; a further call ends the reply.
+
+    Raises:
+        UserError: a prompt longer than the context, a tokenizer without chat tokens.
+    """
+    loops = [ToolLoop(engine.tokenizer, tools, max_rounds) for _ in prompts]
+    requests = [
+        ask(engine.tokenizer, prompt, sampling, stream_seed(seed, "reply", i), loop)
+        for i, (prompt, loop) in enumerate(zip(prompts, loops, strict=True))
+    ]
+    completions = engine.generate(requests)
+    return [loop.reply(completion, sampling) for loop, completion in zip(loops, completions, strict=True)]
+
+
+def ask(
+    tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, seed: int, loop: ToolLoop
+) -> Request:
+    """The request that makes a model answer `prompt`, its tool calls served by `loop`."""
+    ids = render(tokenizer, prompt, loop.tools, prompt=True).ids
+    return Request(ids, sampling, seed, interject=loop if loop.tools else None)
+
+
+class ToolLoop:
+    """Serves the tool calls of one reply, as the `interject` of its request."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[str] = (), max_rounds: int = MAX_ROUNDS) -> None:
+        self.tools = tuple(tools)
+        self.messages: list[Message] = []
+        """Assistant turns with calls and their tool turns, so far."""
+        self._tokenizer, self._rounds = tokenizer, max_rounds
+        self._end = tokenizer.id(TURN_END)
+        self._starts = [0]  # where each assistant turn begins in the continuation
+        self._turns: list[int] = []  # how many messages each round added
+
+    def __call__(self, ids: list[int]) -> list[int] | None:
+        """At the end of a turn with calls: run them and force their results."""
+        if ids[-1] != self._end or len(self._turns) >= self._rounds:
+            return None
+        turn = ids[self._starts[-1] :]
+        message = parse_reply(self._tokenizer, turn)
+        results = [self._run(call) for call in message.tool_calls]
+        results += [MALFORMED] * (turn.count(self._tokenizer.id(CALL_START)) - len(results))
+        if not results:
+            return None
+        answers = [Message(role="tool", content=result) for result in results]
+        forced = [*self._tokenizer.encode("\n"), *render(self._tokenizer, answers, prompt=True).ids]
+        self.messages += [message, *answers]
+        self._turns.append(1 + len(answers))
+        self._starts.append(len(ids) + len(forced))
+        return forced
+
+    def reply(self, completion: Completion, sampling: Sampling) -> Reply:
+        """All messages of the finished reply."""
+        if len(completion.ids) < self._starts[-1]:  # the last results did not fit into the context
+            self._starts.pop()
+            del self.messages[-self._turns.pop() :]
+        last = parse_reply(self._tokenizer, completion.ids[self._starts[-1] :])
+        text = _before(last.content, sampling.stop)
+        last = Message(role="assistant", content=text, tool_calls=last.tool_calls)
+        return Reply((*self.messages, last), text, completion)
+
+    def _run(self, call: ToolCall) -> str:
+        if call.name not in self.tools:
+            return f"error: no tool {call.name!r} on offer; there is {', '.join(self.tools)}"
+        return toolbox.run(call.name, call.arguments)
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop text."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]

@@ -1,0 +1,249 @@
+"""What is known on the host about one request while it runs: its rows, their text, why they ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nestling.generation.sampling import Noise, Sampling
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.stream import StreamDecoder
+
+Finish = Literal["stop", "length", "cancelled"]
+Interject = Callable[[list[int]], list[int] | None]
+"""Given all tokens so far (prompt excluded) after each sampled one, may return tokens to force, such as a tool's result."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to continue.
+
+    >>> Request(ids=[5, 17, 9], sampling=Sampling(temperature=0.7, max_tokens=20), seed=3).seed
+    3
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    interject: Interject | None = None
+    stop_ids: frozenset[int] | None = None
+    """Tokens that end the text; the tokenizer's <|im_end|> and <|endoftext|> when not given."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written. `ids`, `sampled` and `logprobs` have the same length; a stop token is the last of `ids`.
+
+    `logprobs[t]` is log softmax(logits / temperature) at ids[t], before any filter: what the learner computes with the same
+    temperature (1 for greedy). Forced tokens have 0. `text` ends before the stop token or stop text.
+    """
+
+    ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    text: str
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a streamed text. A control token (`control`) comes alone, spelled; `token` is its id."""
+
+    text: str
+    sampled: bool = True
+    control: bool = False
+    token: int | None = None
+
+
+class Watch:
+    """Text as it grows: looks for stop texts, and releases only what can no longer become part of one."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._names = {number: name for name, number in tokenizer.special.items()}
+        self._decoder = StreamDecoder(tokenizer)
+        self._held = ""  # decoded, not released: it may be the beginning of a stop text
+        self.text = ""
+        self._pieces: list[Piece] = []
+
+    def push(self, token: int, sampled: bool = True) -> bool:
+        """Add one token; true when a stop text is now complete (its text and what follows are not released)."""
+        if token in self._names:
+            self.flush(sampled)
+            self._pieces.append(Piece(self._names[token], sampled, control=True, token=token))
+            return False
+        self._held += self._decoder.push(token)
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0] if sampled else []
+        if found:
+            self._release(min(found), sampled)
+            self._held = ""
+            self._decoder = StreamDecoder(self._tokenizer)
+            return True
+        self._release(len(self._held) - (self._overlap() if sampled else 0), sampled)
+        return False
+
+    def flush(self, sampled: bool = True) -> None:
+        """Release everything that was held back; called at the end and where who writes changes."""
+        self._held += self._decoder.flush()
+        self._release(len(self._held), sampled)
+
+    def force(self, tokens: Sequence[int]) -> None:
+        """Add tokens that the model did not write; no stop text is looked for in them."""
+        self.flush()
+        for token in tokens:
+            self.push(token, sampled=False)
+        self.flush(sampled=False)
+
+    def take(self) -> list[Piece]:
+        """The released pieces, once."""
+        taken, self._pieces = self._pieces, []
+        return taken
+
+    def _release(self, length: int, sampled: bool) -> None:
+        if length > 0:
+            self.text += self._held[:length]
+            self._pieces.append(Piece(self._held[:length], sampled))
+            self._held = self._held[length:]
+
+    def _overlap(self) -> int:
+        """Characters at the end of the held text that begin a stop text."""
+        for length in range(min(len(self._held), max(map(len, self._stops), default=1) - 1), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+class Row:
+    """One continuation of a request's prompt, in one row of the cache."""
+
+    __slots__ = ("cached", "count", "finish", "ids", "logprobs", "sampled", "score", "slot", "watch")
+
+    def __init__(self, slot: int, watch: Watch | None) -> None:
+        self.slot = slot
+        self.cached = 0  # tokens of prompt + ids that the cache holds
+        self.ids: list[int] = []
+        self.sampled: list[bool] = []
+        self.logprobs: list[float] = []
+        self.count = 0  # sampled tokens
+        self.score = 0.0  # their summed log-probability
+        self.finish: str | None = None
+        self.watch = watch
+
+    def fork(self, slot: int) -> Row:
+        """A copy that lives in another cache row; rows that fork have no watch (see `Running`)."""
+        row = Row(slot, None)
+        row.cached, row.count, row.score, row.finish = self.cached, self.count, self.score, self.finish
+        row.ids, row.sampled, row.logprobs = self.ids[:], self.sampled[:], self.logprobs[:]
+        return row
+
+
+class Running:
+    """A submitted request: its rows while it runs, its `completion` when it is done.
+
+    A lone row is watched as it grows. Where several rows compete, nothing can be shown before one has won, so their texts
+    are read again when needed.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, stop_ids: frozenset[int], limits: tuple[int, int]) -> None:
+        self.request, self.tokenizer, self.stop_ids = request, tokenizer, stop_ids
+        self.width, self.capacity = limits  # rows of the request, tokens of a row
+        self.prompt = list(request.ids)
+        self.sampling = request.sampling
+        self.noise = Noise(request.seed)
+        self.rows: list[Row] = []
+        self.memory: Any = None
+        self.completion: Completion | None = None
+        self.cancelled = False
+        self._pieces: list[Piece] = []
+
+    def start(self, stream: bool) -> None:
+        """Make the rows; the caller gives them their slots."""
+        watched = self.width == 1 and (stream or bool(self.sampling.stop))
+        self.rows = [Row(-1, self._new_watch() if watched else None) for _ in range(self.width)]
+
+    def length(self, row: Row) -> int:
+        """Tokens of prompt and continuation."""
+        return len(self.prompt) + len(row.ids)
+
+    def pending(self, row: Row) -> list[int]:
+        """Tokens of prompt and continuation that the cache does not hold yet."""
+        start = row.cached - len(self.prompt)
+        return row.ids[start:] if start >= 0 else self.prompt[start:] + row.ids
+
+    def append(self, row: Row, token: int, logprob: float) -> None:
+        """Add a sampled token to a row, let the request interject, and see whether the row has ended."""
+        row.ids.append(token)
+        row.sampled.append(True)
+        row.logprobs.append(logprob)
+        row.count += 1
+        row.score += logprob
+        if token in self.stop_ids:
+            row.finish = "stop"
+        elif self._completes_stop_text(row, token):
+            row.finish = "stop"
+            return
+        if self.request.interject is not None and row.count < self.sampling.max_tokens:
+            self._interject(row, self.request.interject)
+        if row.finish is None and (row.count >= self.sampling.max_tokens or self.length(row) >= self.capacity):
+            row.finish = "length"
+
+    def drop(self, row: Row) -> None:
+        """Give a row up: nothing follows from it, and it is never the result."""
+        row.finish, row.score = "dropped", -math.inf
+
+    def complete(self, row: Row, finish: Finish | None = None) -> None:
+        """Fix the result: what this row holds."""
+        watch = row.watch or (self._read(row)[0] if self.width > 1 else None)
+        if watch is None:
+            stopped = bool(row.ids) and row.sampled[-1] and row.ids[-1] in self.stop_ids
+            text = self.tokenizer.decode(row.ids[:-1] if stopped else row.ids)
+        else:
+            watch.flush()
+            text = watch.text
+            self._pieces += watch.take()
+        self.completion = Completion(row.ids, row.sampled, row.logprobs, text, finish or _finish(row))
+        self.rows = []
+
+    def take_pieces(self) -> list[Piece]:
+        """What became readable since the last call; only for requests submitted with `stream`."""
+        for row in self.rows:
+            self._pieces += row.watch.take() if row.watch else []
+        taken, self._pieces = self._pieces, []
+        return taken
+
+    def _completes_stop_text(self, row: Row, token: int) -> bool:
+        if row.watch is not None:
+            return row.watch.push(token)
+        return bool(self.sampling.stop) and self._read(row)[1]
+
+    def _interject(self, row: Row, interject: Interject) -> None:
+        """Force the tokens that the request asks for now; they may revive a row that a stop token has just ended."""
+        forced = interject(row.ids)
+        if not forced:
+            return
+        if self.length(row) + len(forced) >= self.capacity:
+            row.finish = "length"
+            return
+        if row.watch is not None:
+            if row.finish == "stop":
+                row.watch.push(row.ids[-1])
+            row.watch.force(forced)
+        row.finish = None
+        row.ids += forced
+        row.sampled += [False] * len(forced)
+        row.logprobs += [0.0] * len(forced)
+
+    def _new_watch(self) -> Watch:
+        return Watch(self.tokenizer, self.sampling.stop)
+
+    def _read(self, row: Row) -> tuple[Watch, bool]:
+        """The text of a row from its beginning, and whether a stop text ends it."""
+        watch = self._new_watch()
+        ids = row.ids[:-1] if row.ids and row.ids[-1] in self.stop_ids else row.ids
+        return watch, any([watch.push(token) for token in ids])
+
+
+def _finish(row: Row) -> Finish:
+    return "stop" if row.finish == "stop" else "length"

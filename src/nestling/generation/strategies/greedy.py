@@ -1,0 +1,17 @@
+"""Always the likeliest token: the baseline that other strategies are compared with, and the smallest example of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nestling.generation.strategy import Decoding, View
+
+
+class Strategy(Decoding):
+    """One row per request; the repetition penalty applies, temperature and filters change nothing."""
+
+    def advance(self, view: View) -> tuple[Tensor, Tensor]:
+        """As in `Decoding.advance`; R = 1."""
+        tokens = view.penalised().argmax(2)
+        return torch.zeros_like(tokens), tokens

@@ -1,0 +1,95 @@
+"""Batches of prompts to answer, for reinforcement learning and sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nestling.core.errors import UserError
+from nestling.core.runtime import stream_seed
+from nestling.core.types import PromptRow
+from nestling.loading.order import EpochOrder, check_state
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.conversation import render
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, rendered up to "<|im_start|>assistant\\n".
+
+    >>> Prompt(ids=[257, 300], row=PromptRow(prompt=()), number=0, seed=7).number
+    0
+    """
+
+    ids: list[int]
+    row: PromptRow
+    number: int
+    """Which row of the data it is."""
+    seed: int
+    """For sampling: depends on the loader's seed and the prompt's place in the endless order, so never repeats."""
+
+
+class PromptLoader:
+    """Batches of `batch_rows` prompts; `batch(step)` depends on the seed and the step alone.
+
+    Tools on offer are read from a row's `meta["tools"]`, when it has any.
+
+    Args:
+        context: the model's context length.
+        reserve: tokens kept free for the answer.
+        drop_too_long: leave out prompts that do not fit (counted in `.dropped`) instead of stopping.
+
+    Raises:
+        UserError: a prompt longer than context − reserve, or no prompt.
+    """
+
+    def __init__(
+        self, rows: Iterable[PromptRow], tokenizer: Tokenizer, context: int, batch_rows: int, seed: int,
+        *, reserve: int = 1, drop_too_long: bool = False,
+    ) -> None:  # fmt: skip
+        self.batch_rows, self.seed, self.most = batch_rows, seed, context - reserve
+        self.dropped = 0
+        self._prompts: list[tuple[int, list[int], PromptRow]] = []
+        for number, row in enumerate(rows):
+            ids = render(tokenizer, row.prompt, row.meta.get("tools", ()), prompt=True).ids
+            if len(ids) <= self.most:
+                self._prompts.append((number, ids, row))
+            elif not drop_too_long:
+                raise UserError(
+                    f"prompt {number} has {len(ids)} tokens, {self.most} fit (context {context}, {reserve} to answer)",
+                    fix="raise the context, shorten the prompt, or drop long prompts",
+                )
+            else:
+                self.dropped += 1
+        if not self._prompts:
+            raise UserError("no prompt to answer", where="prompts", fix="give prompts that fit the context")
+        self.row_count = len(self._prompts)
+        self.order = EpochOrder(self.row_count, seed, "prompts")
+
+    def batch(self, step: int) -> list[Prompt]:
+        """The prompts of one step; a rank takes its slice of the list."""
+        first = step * self.batch_rows
+        _, rows = self.order.take(first, self.batch_rows)
+        return [self._prompt(int(row), first + place) for place, row in enumerate(rows)]
+
+    def validation(self) -> Iterator[list[Prompt]]:
+        """Every prompt once, in fixed order."""
+        for first in range(0, self.row_count, self.batch_rows):
+            yield [self._prompt(row, row) for row in range(first, min(first + self.batch_rows, self.row_count))]
+
+    def _prompt(self, row: int, place: int) -> Prompt:
+        number, ids, source = self._prompts[row]
+        return Prompt(list(ids), source, number, stream_seed(self.seed, "prompt", place))
+
+    def state(self) -> dict[str, object]:
+        """What a resumed run must find unchanged."""
+        tokens = sum(len(ids) for _, ids, _ in self._prompts)
+        return {"prompts": self.row_count, "tokens": tokens, "batch_rows": self.batch_rows, "seed": self.seed}
+
+    def restore(self, state: dict[str, object]) -> None:
+        """Check a saved state against this loader.
+
+        Raises:
+            UserError: the data or a setting changed.
+        """
+        check_state(state, self.state(), "prompt")

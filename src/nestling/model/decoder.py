@@ -1,0 +1,160 @@
+"""The decoder: token embedding, blocks, output layer. Which one it is (GPT-2, Llama, …) is its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestling.core import registry
+from nestling.core.errors import UserError
+from nestling.model.attention import Scene, additive, causal_mask, explicit_pays
+from nestling.model.block import BLOCKS
+from nestling.model.cache import CacheStep, KVCache
+from nestling.model.config import DecoderConfig
+from nestling.model.initialisation import initialise, new_rows
+from nestling.model.norms import make_norm
+from nestling.model.positions import make_positions
+
+
+class Decoder(nn.Module):
+    """ids [B, T] -> hidden [B, T, D] -> logits [B, T, V].
+
+    `hidden` and `unembed` are separate, so that a loss can take the output layer in chunks.
+
+    Args:
+        config: sizes and parts.
+        block: class of a layer, built as block(config) and called as block(x, scene, memory); when not given, the one
+            that `config.block` names.
+    """
+
+    def __init__(self, config: DecoderConfig, block: Callable[[DecoderConfig], nn.Module] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = make_positions(config)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.blocks = nn.ModuleList((block or BLOCKS[config.block])(config) for _ in range(config.n_layers))
+        self.norm = make_norm(config) if config.block == "pre" else nn.Identity()
+        self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; arguments as in `hidden`."""
+        hidden = self.hidden(ids, positions=positions, segments=segments, cache=cache, rows=rows, counts=counts)
+        return self.unembed(hidden)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """The last layer's output [B, T, D], final norm applied.
+
+        Args:
+            ids: [B, T] token ids.
+            positions: [B, T] place of each token in its document; counted from what the cache holds when not given.
+            segments: [B, T] document of each token in a packed row; tokens see only their own document's past.
+            cache: keys and values of past tokens; these are appended and the call sees them.
+            rows: [B] cache rows that `ids` belong to; all when not given.
+            counts: [B] valid tokens per row of right-padded `ids`; outputs at padding are meaningless.
+
+        Raises:
+            UserError: longer than the context, or than the cache's capacity.
+        """
+        self._check_length(ids)
+        step = None if cache is None else cache.begin(ids.shape[1], rows, counts)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) if step is None else step.positions
+        x = self.embedding(ids)
+        if (placed := self.positions.embed(positions)) is not None:
+            x = x + placed
+        x = self.dropout(x)
+        scene = Scene(self._mask(ids, segments, step), self.positions.rotation(positions))
+        if step is None:
+            for block in self.blocks:
+                x = block(x, scene)
+        else:
+            for index, block in enumerate(self.blocks):
+                # .forward: decoding's shapes change with each token, so it goes round a compiled block.
+                x = block.forward(x, scene, step.layer(index))
+            step.commit()
+        return self.norm(x)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """[.., D] -> logits [.., V]"""
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D] weights of the output layer; the embedding's where the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def parameter_count(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def compile_blocks(self) -> None:
+        """Compile one block and reuse it for all layers (regional compilation); calls with a cache stay eager."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def resize_vocabulary(self, size: int, generator: torch.Generator | None = None) -> None:
+        """Grow (or cut) the vocabulary to `size`; old ids keep their logits, new ones start near the old ones' mean."""
+        self.embedding.weight = nn.Parameter(new_rows(self.embedding.weight, size, generator))
+        self.embedding.num_embeddings = size
+        if self.head is not None:
+            self.head.weight = nn.Parameter(new_rows(self.head.weight, size, generator))
+            self.head.out_features = size
+        self.config = self.config.with_(vocab_size=size)
+
+    def _check_length(self, ids: Tensor) -> None:
+        if ids.shape[1] > self.config.context:
+            raise UserError(
+                "the text is longer than the model's context",
+                where="tokens",
+                value=ids.shape[1],
+                fix=f"use at most {self.config.context}",
+            )
+
+    def _mask(self, ids: Tensor, segments: Tensor | None, step: CacheStep | None) -> Tensor | None:
+        """The additive mask of all layers; None where the attention kernel's own causal mask says it all."""
+        t, device = ids.shape[1], ids.device
+        keys = torch.arange(t if step is None else step.span, device=device)
+        queries = keys.unsqueeze(0) if step is None else step.positions  # [B or 1, T]
+        distance = queries.unsqueeze(-1) - keys  # [B or 1, T, S]
+        penalty = self.positions.penalty(distance)
+        if step is None and segments is None and penalty is None:
+            return causal_mask(t, device) if explicit_pays(device, t) else None
+        visible = distance >= 0
+        if segments is not None:
+            visible = visible & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
+        mask = additive(visible).unsqueeze(1)  # [B or 1, 1, T, S]
+        return mask if penalty is None else mask + penalty
+
+
+def build(config: DecoderConfig, generator: torch.Generator | None = None) -> Decoder:
+    """A fresh decoder of `config.architecture`, its start values drawn from `generator` (a fixed one when not given).
+
+    >>> build(DecoderConfig(vocab_size=100, d_model=32, n_layers=1)).parameter_count()
+    15664
+    """
+    with torch.random.fork_rng(devices=[]):  # layers draw default values when made; the caller's stream stays untouched
+        model: Decoder = registry.find("model.architectures", config.architecture).build(config)
+    initialise(model, generator or torch.Generator().manual_seed(0))
+    return model

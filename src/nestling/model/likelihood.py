@@ -1,0 +1,192 @@
+"""Log-probabilities of tokens: computed here and nowhere else, so that sampling, scoring and losses agree.
+
+    log p(y | h) = z_y / τ - log Σ_v exp(z_v / τ),   z = W h
+
+All logits [B·T, V] of a batch are never held at once: the output layer is taken in chunks of tokens. A chunk's logits
+are few enough to stay in the processor's cache, and the log-sum-exp is in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestling.model.decoder import Decoder
+
+CHUNK_LOGITS = 1 << 20
+"""Logits of one chunk on a CPU; a GPU takes 64 times as many, since it wants large kernels."""
+
+
+class Batch(Protocol):
+    """What the loss reads of a batch: ids, targets [B, T] long, weights [B, T] float, positions and segments [B, T]."""
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    segments: Tensor
+
+
+def next_token_loss_sum(model: Decoder, batch: Batch, *, chunk: int | None = None) -> Tensor:
+    """Σ weight · -log p(target), a scalar in float32; divide it by the number of weighted tokens of the whole batch.
+
+    Args:
+        chunk: tokens per chunk of the output layer; chosen by the vocabulary when not given.
+    """
+    hidden = model.hidden(batch.ids, positions=batch.positions, segments=batch.segments)
+    return weighted_loss_sum(hidden, model.output_weight, batch.targets, batch.weights, chunk=chunk)
+
+
+def token_logprobs(
+    model: Decoder,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """log p(targets[b, t] | ids[b, ..t]) at a temperature, [B, T] float32, differentiable.
+
+    Args:
+        targets: [B, T] token ids; negative ones are not computed and give 0, which saves the output layer's time.
+    """
+    hidden = model.hidden(ids, positions=positions, segments=segments)
+    return hidden_logprobs(hidden, model.output_weight, targets, temperature=temperature, chunk=chunk)
+
+
+def logits_logprobs(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log p(token) where logits are at hand, as in decoding: logits [.., V], tokens [..] -> [..] float32."""
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def hidden_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """`token_logprobs` from the decoder's output: hidden [.., D], weight [V, D], targets [..] -> [..] float32."""
+    wanted = targets >= 0
+    dtype = _compute_dtype(hidden)
+    out = torch.zeros(targets.shape, device=hidden.device)
+    chosen = hidden[wanted].to(dtype)  # [N, D]
+    found = _Logprobs.apply(chosen, weight.to(dtype), targets[wanted], temperature, chunk)
+    return out.masked_scatter(wanted, found)
+
+
+def weighted_loss_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """Σ weight · -log p(target) from the decoder's output; tokens of weight 0 are not computed."""
+    wanted = weights != 0
+    dtype = _compute_dtype(hidden)
+    chosen = (hidden[wanted].to(dtype), weight.to(dtype), targets[wanted], weights[wanted].float())
+    return _LossSum.apply(*chosen, chunk)
+
+
+class _Logprobs(torch.autograd.Function):
+    """Forward keeps one float per token; backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
+    ) -> Tensor:
+        size = _chunk_size(weight, chunk)
+        out = torch.empty(targets.shape, device=hidden.device)
+        normaliser = torch.empty_like(out)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            scaled = _logits(hidden[part], weight, temperature)
+            normaliser[part] = scaled.logsumexp(-1)
+            out[part] = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.temperature, ctx.size = temperature, size
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        scale = gradients[0] / ctx.temperature  # d log p / d z = (onehot - p) / τ
+        to_hidden, to_weight = _empty_gradients(hidden, weight)
+        for start in range(0, len(hidden), ctx.size):
+            part = slice(start, start + ctx.size)
+            scaled = _logits(hidden[part], weight, ctx.temperature)
+            p = scaled.sub_(normaliser[part].unsqueeze(1)).exp_()
+            _add_gradients(hidden, weight, p, targets, -scale, part, to_hidden, to_weight)
+        return to_hidden, to_weight.to(weight.dtype), None, None, None
+
+
+class _LossSum(torch.autograd.Function):
+    """The loss is one number, so its gradient is known up to a factor already in the forward pass: each chunk's logits
+    are computed once and used for both (three matrix products instead of four)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None
+    ) -> Tensor:
+        size = _chunk_size(weight, chunk)
+        loss = torch.zeros((), device=hidden.device)
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        to_hidden, to_weight = _empty_gradients(hidden, weight) if needs_gradient else (hidden, weight)
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            scaled = _logits(hidden[part], weight, 1.0)
+            normaliser = scaled.logsumexp(-1)
+            found = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser
+            loss -= (found * weights[part]).sum()
+            if needs_gradient:
+                p = scaled.sub_(normaliser.unsqueeze(1)).exp_()
+                _add_gradients(hidden, weight, p, targets, weights, part, to_hidden, to_weight)
+        ctx.save_for_backward(to_hidden, to_weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        to_hidden, to_weight = ctx.saved_tensors
+        factor = gradients[0]
+        return (to_hidden.float() * factor).to(to_hidden.dtype), (to_weight * factor).to(ctx.dtype), None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """[n, D], [V, D] -> logits / τ, [n, V] float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden, weight).float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For hidden in its own dtype; for the weight in float32, since all chunks add to it."""
+    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+
+
+def _add_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    p: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    part: slice,
+    to_hidden: Tensor,
+    to_weight: Tensor,
+) -> None:
+    """One chunk's gradient of Σ scale · -log p(target): dz = scale · (p - onehot). `p` is used up."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        p.scatter_add_(1, targets[part].unsqueeze(1), torch.full_like(p[:, :1], -1.0))
+        dz = p.mul_(scale[part].unsqueeze(1)).to(hidden.dtype)
+        to_hidden[part] = dz @ weight
+        to_weight += dz.T @ hidden[part]
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What a matrix product would be computed in at this place."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunk_size(weight: Tensor, chunk: int | None) -> int:
+    limit = CHUNK_LOGITS if weight.device.type == "cpu" else 64 * CHUNK_LOGITS
+    return chunk or max(16, limit // weight.shape[0])

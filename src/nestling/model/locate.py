@@ -1,0 +1,39 @@
+"""Where a MODEL argument's checkpoint lies: a checkpoint folder, a stage folder or a whole run folder may be named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nestling.core.errors import UserError
+from nestling.core.storage import read_json
+
+MODEL = "model"  # folder of the checkpoint inside a stage's folder
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder with config.json behind `path`.
+
+    Args:
+        path: a checkpoint folder, a stage folder that holds `model/`, or a run folder, of which the last finished stage
+            with a generating model is meant (a reward model answers nothing).
+
+    Raises:
+        UserError: no checkpoint is there.
+    """
+    path = Path(path)
+    for candidate in (path, path / MODEL):
+        if (candidate / "config.json").exists():
+            return candidate
+    if (path / "recipe.json").exists():
+        for spec in reversed(read_json(path / "recipe.json")["stages"]):
+            candidate = path / spec["name"] / MODEL
+            if (path / spec["name"] / "stage.json").exists() and _generates(candidate):
+                return candidate
+    raise UserError("no model here", where=path, fix="name a run folder, a checkpoint folder or a Hugging Face folder")
+
+
+def _generates(folder: Path) -> bool:
+    if not (folder / "config.json").exists():
+        return False
+    names = read_json(folder / "config.json").get("architectures") or [""]
+    return not names[0].endswith("ForSequenceClassification")

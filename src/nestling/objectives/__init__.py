@@ -1,0 +1,12 @@
+"""What can be learnt: each file of this folder is one objective, named by its file.
+
+An objective file offers
+    READS: tuple[str, ...]                    roles of `materials.Materials.model` that it needs
+    Settings(Config)                          its settings
+    build(settings, materials) -> Objective   the real thing
+    toy(seed, microbatches=1) -> Objective    the same code on a model and data of seconds; every update is split into
+                                              so many microbatches (it has three units or more) and some places are masked
+    IMPROVES: tuple[str, str]                 a key of the toy's `validate()`, and "up" or "down": its way in 30 steps
+    scramble_masked(microbatch, seed)         the microbatch with other content wherever the loss must not look
+and `tests/contracts/test_objectives.py` checks every one of them with these.
+"""

@@ -1,0 +1,31 @@
+"""Ids to text, one at a time, for streaming: what is shown never has to be taken back."""
+
+from __future__ import annotations
+
+import codecs
+
+from nestling.tokenizer.bpe import Tokenizer
+
+
+class StreamDecoder:
+    """Collects bytes until they are whole characters. Control tokens give no text.
+
+    >>> tokenizer = Tokenizer.train(["a"], vocab_size=257)
+    >>> stream = StreamDecoder(tokenizer)
+    >>> [stream.push(id) for id in tokenizer.encode("é!")]
+    ['', 'é', '!']
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The text that became whole with this id; often "" inside a character of several tokens."""
+        return self._decoder.decode(self._tokenizer.decode_bytes((id,)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character cut off in the middle, else ""."""
+        left = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return left

@@ -1,0 +1,329 @@
+"""The training loop: steps of updates of microbatches, the same for pre-training, fine-tuning and reinforcement.
+
+Randomness: the global torch stream is set anew from (seed, step) before every step, so dropout neither depends on what
+ran before nor needs saving; a resumed run gives bitwise the same losses on CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.core.errors import Interrupted, UserError
+from nestling.core.metrics import Progress, read_metrics, say
+from nestling.core.registry import find
+from nestling.core.runtime import Runtime, measured_peak, stream_seed
+from nestling.training import resume
+from nestling.training.compiling import Compiler
+from nestling.training.contract import MICROBATCH, Objective, Update
+from nestling.training.hooks import Hook, Logging, Run, Saving, Validating
+from nestling.training.parameters import group, hidden_names
+from nestling.training.precision import Weights, training_dtype
+from nestling.training.settings import TrainSettings
+
+SHOWN = ("loss", "tokens_per_second", "utilisation")  # beside the progress bar
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run amounted to; `history` are the rows of metrics.jsonl, `stopped` why it ended early."""
+
+    steps: int
+    tokens: float
+    seconds: float
+    tokens_per_second: float
+    utilisation: float
+    history: list[dict[str, Any]]
+    stopped: str | None = None
+
+
+def train(
+    objective: Objective,
+    settings: TrainSettings,
+    *,
+    folder: Path,
+    runtime: Runtime,
+    seed: int,
+    hooks: Sequence[Hook] = (),
+    quiet: bool = False,
+) -> TrainResult:
+    """Train the objective's modules in place; afterwards they hold full-precision weights.
+
+    The state in `folder`/resume, where there is one, is gone on from.
+
+    Args:
+        folder: gets metrics.jsonl and resume/.
+        hooks: called after validation and before logging, so they may add to the row.
+        quiet: no progress and no lines.
+
+    Raises:
+        UserError: the loss is not finite any more, or the disk is full; saved states are kept.
+        Interrupted: Ctrl-C or SIGTERM; the step was finished and saved.
+    """
+    loop = _Loop(objective, settings, folder, runtime, seed, quiet)
+    try:
+        loop.restore()
+        loop.run_steps([Validating(), *hooks, Logging(), Saving()])
+    finally:
+        loop.close()
+    return loop.result()
+
+
+@dataclass
+class _Tally:
+    """Sums over the updates of one step, kept as tensors until somebody reads them."""
+
+    updates: int = 0
+    tokens: float = 0.0
+    norm: Tensor | float = 0.0
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | float = 0.0
+
+    def read(self) -> dict[str, float]:
+        """Means over the step's updates: loss, each term per its unit, grad_norm."""
+        values = {"loss": self.loss, **self.terms, "grad_norm": self.norm}
+        numbers = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32) for value in values.values()]
+        )  # one transfer
+        return {name: value / max(1, self.updates) for name, value in zip(values, numbers.tolist(), strict=True)}
+
+
+class _Loop:
+    """The moving parts of one call of `train`."""
+
+    def __init__(
+        self, objective: Objective, settings: TrainSettings, folder: Path, runtime: Runtime, seed: int, quiet: bool
+    ) -> None:
+        self.objective, self.settings, self.folder, self.runtime = objective, settings, folder, runtime
+        self.seed, self.quiet = seed, quiet
+        self.modules = objective.trainable()
+        for module in self.modules.values():
+            module.train()
+        self.weights = Weights(self.modules, training_dtype(settings.precision, runtime))
+        groups = group(self.weights.masters, hidden_names(self.modules))
+        self.optimizers = find("training.optimizers", settings.optimizer).build(groups, settings, runtime)
+        self.peaks = [[part["lr"] for part in optimizer.param_groups] for optimizer in self.optimizers]
+        self.schedule = find("training.schedules", settings.schedule).multiplier
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.weights.dtype == torch.float16)
+        self.compiler = Compiler(settings.compile, self.modules, folder / "resume" / "compile.json", self.say)
+        self.run = Run(objective, settings, folder, runtime, lambda: self.weights.context(runtime.device), self.save)
+        self.utilisation = 0.0
+        self._peak: float | None = None
+        self._learning = 0.0  # seconds in steps, without hooks
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            say(text)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def run_steps(self, hooks: list[Hook]) -> None:
+        """Every step that is left, with its hooks; ends early when the objective or the user asks for it."""
+        run = self.run
+        for hook in hooks:
+            hook.on_start(run)
+        shown = Progress(self.folder.name, self.settings.steps, "steps", quiet=self.quiet, done=run.step)
+        with _signals() as asked, shown as progress:
+            while not run.last:
+                begun = time.perf_counter()
+                self.one_step(run.step + 1)
+                for hook in hooks:
+                    hook.on_step(run)
+                run.seconds += time.perf_counter() - begun
+                progress.advance(1, **{name: run.row[name] for name in SHOWN})
+                if asked and not run.last:
+                    self.save()
+                    raise Interrupted(
+                        f"stopped by {asked[0]} after step {run.step} of {self.settings.steps}, saved; "
+                        "run the same command again to go on"
+                    )
+        for hook in hooks:
+            hook.on_end(run)
+
+    def one_step(self, step: int) -> None:
+        """The updates of one step, and the row of its numbers."""
+        begun = time.perf_counter()
+        self.compiler.before(step)
+        torch.manual_seed(stream_seed(self.seed, "training", step))
+        self.set_rates(step)
+        tally = _Tally()
+        for update in self.updates(step):
+            self.learn(update, tally)
+        numbers = tally.read()
+        self.check(step, numbers)
+        seconds = time.perf_counter() - begun
+        self.compiler.after(step, self.settings.steps, seconds)
+        self.finish(step, tally.tokens, seconds, numbers)
+
+    def updates(self, step: int) -> Iterator[Update]:
+        """The objective's updates, each made inside the precision context."""
+        with self.run.precision():
+            iterator = iter(self.objective.updates(step))
+        while True:
+            with self.run.precision():
+                update = next(iterator, None)
+            if update is None:
+                return
+            yield update
+
+    def learn(self, update: Update, tally: _Tally) -> None:
+        """One optimiser step: loss = sum of weight x sum / counts[per] over all microbatches."""
+        counts = {MICROBATCH: len(update.microbatches), **update.counts}
+        for microbatch in update.microbatches:
+            loss: Tensor | float = 0.0
+            with self.run.precision():
+                for term in self.objective.terms(microbatch):
+                    mean = term.sum.float() / counts[term.per]
+                    loss = loss + term.weight * mean
+                    tally.terms[term.name] = tally.terms.get(term.name, 0.0) + mean.detach()
+            if isinstance(loss, Tensor):
+                self.scaler.scale(loss).backward()
+                self.weights.collect()
+                tally.loss = tally.loss + loss.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        tally.norm = tally.norm + self.weights.clip(self.settings.clip)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.weights.publish()
+        tally.updates += 1
+        tally.tokens += counts.get("tokens", 0)
+
+    def set_rates(self, step: int) -> None:
+        """Learning rates of the step: the schedule's share of each group's peak."""
+        share = self.schedule(step, self.settings)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for part, peak in zip(optimizer.param_groups, peaks, strict=True):
+                part["lr"] = peak * share
+
+    def check(self, step: int, numbers: dict[str, float]) -> None:
+        """Stop at a loss or gradient that is no number, before a hook could save what it led to."""
+        healthy = math.isfinite(numbers["loss"]) and (math.isfinite(numbers["grad_norm"]) or self.scaler.is_enabled())
+        if not healthy:
+            kept = resume.saved(self.folder / "resume")
+            good = f"the state in {kept[0]} is still good" if kept else "nothing was saved yet"
+            raise UserError(
+                f"the loss is not finite any more in step {step}",
+                where=f"{self.folder.name}.learning_rate",
+                value=self.settings.learning_rate,
+                fix=f"use a lower learning rate, such as {self.settings.learning_rate / 3:.2g}; {good}",
+            )
+
+    def finish(self, step: int, tokens: float, seconds: float, numbers: dict[str, float]) -> None:
+        """Record a finished step in the run and in its row."""
+        run = self.run
+        run.step, run.tokens = step, run.tokens + tokens
+        run.stopped = self.objective.finished()
+        self._learning += seconds
+        self.utilisation = tokens * self.flops_per_token() / seconds / self.peak()
+        run.row = {
+            "step": step,
+            **numbers,
+            **self.objective.metrics(),
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "tokens": run.tokens,
+            "tokens_per_second": tokens / seconds,
+            "utilisation": self.utilisation,
+            "seconds": run.seconds + seconds,
+            "eta": (run.seconds + seconds) / step * (self.settings.steps - step),
+        }
+
+    def flops_per_token(self) -> float:
+        """The objective's figure, or 6 per trainable parameter."""
+        return self.objective.flops_per_token() or 6.0 * sum(p.numel() for p in self.weights.masters.values())
+
+    def peak(self) -> float:
+        """Measured FLOP/s of this machine in the training dtype; measured once."""
+        if self._peak is None:
+            self._peak = measured_peak(Runtime(self.runtime.device, self.weights.dtype, self.runtime.threads))
+        return self._peak
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Everything needed to go on bitwise, in full precision."""
+        run = self.run
+        state = {
+            "weights": dict(self.weights.masters),
+            "buffers": self.buffers(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "objective": self.objective.state_dict(),
+            "run": {"tokens": run.tokens, "seconds": run.seconds, "learning": self._learning, "stopped": run.stopped},
+        }
+        resume.save(self.folder / "resume", run.step, state, self.settings.keep)
+
+    def restore(self) -> None:
+        """Take up the newest good state, if there is one."""
+        where = self.folder / "resume"
+        found = resume.load_newest(where)
+        if found is None:
+            return
+        step, state, complaints = found
+        for complaint in complaints:
+            self.say(f"{complaint}; going on from the one before")
+        resume.restore_tensors(self.weights.masters, state["weights"], where)
+        resume.restore_tensors(self.buffers(), state["buffers"], where)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        self.objective.load_state_dict(state["objective"])
+        self.weights.publish()
+        run, past = self.run, state["run"]
+        run.step, run.tokens, run.seconds, run.stopped = step, past["tokens"], past["seconds"], past["stopped"]
+        self._learning = past["learning"]
+        self.say(f"{self.folder.name}: going on after step {step} of {self.settings.steps}")
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Persistent buffers of the trained modules, by name."""
+        found = {}
+        for name, module in self.modules.items():
+            parameters = {path for path, _ in module.named_parameters(remove_duplicate=False)}
+            found.update({f"{name}.{k}": v for k, v in module.state_dict().items() if k not in parameters})
+        return found
+
+    def close(self) -> None:
+        """Full-precision weights and plain calls for whoever uses the modules next."""
+        self.compiler.close()
+        self.weights.close()
+
+    def result(self) -> TrainResult:
+        """The run in figures."""
+        run, log = self.run, self.folder / "metrics.jsonl"
+        rate = run.tokens / self._learning if self._learning else 0.0
+        history = read_metrics(log) if log.exists() else []
+        used = rate * self.flops_per_token() / self.peak()
+        return TrainResult(run.step, run.tokens, run.seconds, rate, used, history, run.stopped)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Ctrl-C and SIGTERM fill the list that is given out; the second Ctrl-C interrupts at once."""
+    asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread may set handlers
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,108 @@
+"""Muon (Jordan et al. 2024): momentum made orthogonal by Newton-Schulz; AdamW takes what is no hidden matrix.
+
+`torch.optim.Muon` walks the matrices one by one; here matrices of one shape (or its transpose) go through the iteration
+as one batch: fewer and larger products. `tests/training/test_optimizers.py` holds both against each other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nestling.core.runtime import Runtime
+from nestling.training.optimizers.adamw import adamw
+from nestling.training.parameters import Groups
+from nestling.training.settings import TrainSettings
+
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at zero, so small singular values rise fast
+ADAM_SHARE = 0.2  # of the matrices' learning rate, where the settings name none
+
+
+def build(groups: Groups, settings: TrainSettings, runtime: Runtime) -> list[torch.optim.Optimizer]:
+    """Muon on the hidden matrices, AdamW on embeddings, heads, gains and biases."""
+    dtype = torch.bfloat16 if runtime.dtype == torch.bfloat16 else torch.float32
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups.hidden:
+        rates = (settings.learning_rate, settings.momentum, settings.weight_decay)
+        optimizers.append(Muon(groups.hidden.values(), *rates, dtype))
+    if groups.matrices or groups.vectors:
+        rate = settings.adam_learning_rate or ADAM_SHARE * settings.learning_rate
+        optimizers.append(adamw(groups.matrices.values(), groups.vectors.values(), rate, settings))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon over matrices `[out, in]`. State: one momentum tensor per matrix, in the matrix's dtype.
+
+    Args:
+        dtype: of the Newton-Schulz products; bf16 is enough, since they only need the direction.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every matrix that has a gradient."""
+        for settings in self.param_groups:
+            parameters = [p for p in settings["params"] if p.grad is not None]
+            if parameters:
+                self._step_group(parameters, settings)
+
+    def _step_group(self, parameters: list[Tensor], settings: dict[str, Any]) -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        momenta = [self._momentum(p) for p in parameters]
+        torch._foreach_lerp_(momenta, grads, 1 - settings["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, settings["momentum"])  # Nesterov
+        torch._foreach_mul_(parameters, 1 - settings["lr"] * settings["weight_decay"])
+        for batch in _same_shapes(parameters):
+            wide = torch.stack([_wide(ahead[i]) for i in batch])  # [n, small, large]
+            for i, update in zip(batch, orthogonal(wide, self._dtype).unbind(), strict=True):
+                rows, columns = parameters[i].shape
+                update = update if rows <= columns else update.mT
+                parameters[i].add_(update, alpha=-settings["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly U Vᵀ of each matrix's singular value decomposition U S Vᵀ.
+
+    Args:
+        matrices: `[n, rows, columns]`, rows ≤ columns.
+        dtype: of the products.
+
+    Returns:
+        `[n, rows, columns]` in `matrices`' dtype, singular values about 0.7 … 1.2.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+def _same_shapes(parameters: list[Tensor]) -> list[list[int]]:
+    """Indices of the matrices, gathered by shape up to transposition."""
+    batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, parameter in enumerate(parameters):
+        batches[tuple(sorted(parameter.shape))].append(index)
+    return list(batches.values())
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT

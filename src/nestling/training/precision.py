@@ -1,0 +1,93 @@
+"""Matmul precision of training: which weights compute, which weights learn.
+
+- fp32: the modules' own weights do both.
+- bf16: the modules hold bf16 working weights, the optimiser steps fp32 masters, gradients are summed in fp32. Against
+  autocast this saves the casts of weights and activations in every block: on two CPU cores with AVX512-BF16, a
+  3.5 M-parameter decoder compiled by block trained 15.4k tokens/s this way and 14.0k under autocast.
+- fp16 (GPUs older than SM80): autocast over fp32 weights, with loss scaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nestling.core.runtime import DTYPES, Runtime
+from nestling.training.parameters import named_parameters
+
+
+def training_dtype(precision: str, runtime: Runtime) -> torch.dtype:
+    """The dtype that a `precision` setting means on this runtime."""
+    return runtime.dtype if precision == "auto" else DTYPES[precision]
+
+
+class Weights:
+    """The parameters of the trained modules, as the optimiser sees them.
+
+    `masters` are fp32 by name. Under bf16 the modules compute with rounded copies until `close`, and a microbatch's
+    gradients reach the masters through `collect`, an optimiser step reaches the modules through `publish`.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        everything = named_parameters(modules)
+        self._all = list(everything.values())
+        self._copied = dtype == torch.bfloat16
+        self._full = [_master(p) if self._copied else p for p in self._all]
+        self.masters = {
+            name: full for (name, p), full in zip(everything.items(), self._full, strict=True) if p.requires_grad
+        }
+        self._pairs = [(p, full) for p, full in zip(self._all, self._full, strict=True) if p.requires_grad]
+        if self._copied:
+            for parameter in self._all:
+                parameter.data = parameter.data.to(dtype)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the modules' gradients to the masters' in fp32, and clear them."""
+        if not self._copied:
+            return
+        for parameter, master in self._pairs:
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the modules' weights and clear the masters' gradients."""
+        for master in self.masters.values():
+            master.grad = None
+        if self._copied:
+            torch._foreach_copy_([p.data for p, _ in self._pairs], [m.data for _, m in self._pairs])
+
+    def close(self) -> None:
+        """Give the modules their full-precision weights."""
+        if self._copied:
+            for parameter, full in zip(self._all, self._full, strict=True):
+                parameter.data = full.data
+                parameter.grad = None
+
+    @contextmanager
+    def context(self, device: torch.device) -> Iterator[None]:
+        """What the objective's code runs in: autocast under fp16, nothing otherwise."""
+        with torch.autocast(device.type, torch.float16, enabled=self.dtype == torch.float16):
+            yield
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale the masters' gradients to a global norm of at most `largest` (0: no limit); returns the norm before."""
+        grads = [m.grad for m in self.masters.values() if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if largest > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), largest, norm)
+        return norm
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float().clone(), requires_grad=parameter.requires_grad)

@@ -1,0 +1,43 @@
+"""The settings of a training run, with defaults that suit small models and short runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nestling.core.config import Config
+
+
+class TrainSettings(Config):
+    """How to train. What to train on and what to minimise belong to the objective.
+
+    >>> TrainSettings(steps=2000).optimizer
+    'muon'
+    """
+
+    steps: int = Field(ge=1, description="Steps of the loop; an on-policy objective may take several updates in each.")
+    optimizer: str = Field(default="muon", description="A file of training/optimizers/: muon, adamw.")
+    learning_rate: float = Field(default=0.02, gt=0, description="Peak learning rate (for muon: of the hidden matrices).")
+    adam_learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of what Muon leaves to AdamW; a fifth of learning_rate if not set."
+    )
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay, on matrices only.")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of Muon.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay rates of AdamW's two moments.")
+    epsilon: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
+    schedule: str = Field(default="wsd", description="A file of training/schedules/: wsd, cosine, constant.")
+    warmup: float = Field(default=0.02, ge=0, le=1, description="Share of the steps in which the rate rises from zero.")
+    decay: float = Field(default=0.4, ge=0, le=1, description="Share of the steps at the end in which wsd lowers the rate.")
+    floor: float = Field(default=0.0, ge=0, le=1, description="Share of the peak rate that is left at the last step.")
+    clip: float = Field(default=1.0, ge=0, description="Largest global norm of the gradient; 0 doesn't clip.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Matmul precision; auto takes the runtime's: bf16 where the hardware is fast at it."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Compile the repeated block; auto does where the run is long enough to gain by it."
+    )
+    log_every: int = Field(default=10, ge=1, description="Steps between rows of metrics.jsonl.")
+    validate_every: int = Field(default=0, ge=0, description="Steps between validations; 0 validates only at the end.")
+    save_every: float = Field(default=60.0, ge=0, description="Seconds between saved states; 0 saves after every step.")
+    keep: int = Field(default=2, ge=1, description="How many saved states are kept.")

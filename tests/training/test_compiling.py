@@ -1,0 +1,73 @@
+"""When the block is compiled, that the choice is remembered, and that a missing compiler is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from toys import Blocks, Toy
+
+from nestling.core.runtime import detect
+from nestling.training import compiling
+from nestling.training.compiling import Compiler, repeated_blocks
+from nestling.training.loop import train
+from nestling.training.settings import TrainSettings
+
+
+def test_repeated_blocks_are_found_without_knowing_the_architecture() -> None:
+    blocks = Blocks()
+    assert repeated_blocks({"m": blocks, "plain": nn.Linear(2, 2)}) == list(blocks.blocks)
+
+
+@pytest.mark.parametrize(("seconds", "steps", "expected"), [(1.0, 1000, 5), (0.01, 1000, 0)])
+def test_auto_compiles_only_long_runs_and_remembers(tmp_path: Path, seconds: float, steps: int, expected: int) -> None:
+    said: list[str] = []
+    record = tmp_path / "compile.json"
+    compiler = Compiler("auto", {"m": Blocks()}, record, said.append)
+    for step in range(1, 5):
+        compiler.after(step, steps, 100.0 if step == 1 else seconds)
+    assert compiler._from == expected
+    assert len(said) == 1 and said[0].startswith("compile: on" if expected else "compile: off")
+    assert Compiler("auto", {"m": Blocks()}, record, said.append)._from == expected
+
+
+def test_without_a_compiler_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "missing_compiler", lambda blocks: "no C++ compiler was found")
+    said: list[str] = []
+    compiler = Compiler("on", {"m": Blocks()}, tmp_path / "x", said.append)
+    compiler.before(1)
+    compiler.before(2)
+    assert said == ["compile: off, no C++ compiler was found; training goes on uncompiled"]
+
+
+def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def broken(function: object) -> object:
+        def call(*args: object) -> object:
+            raise BackendCompilerFailed(lambda: None, RuntimeError("gcc: internal error"), None)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said: list[str] = []
+    blocks = Blocks()
+    compiling.compile_blocks(list(blocks.blocks), said.append)
+    blocks(torch.arange(3)).sum().backward()
+    assert len(said) == 1 and "going on uncompiled" in said[0]
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain(tmp_path: Path) -> None:
+    if compiling.missing_compiler([nn.Linear(1, 1)]):
+        pytest.skip("no C++ compiler on this machine")
+    rows = {}
+    for choice in ("on", "off"):
+        settings = TrainSettings(steps=5, log_every=1, compile=choice)  # type: ignore[arg-type]
+        toy = Toy()
+        result = train(toy, settings, folder=tmp_path / choice, runtime=detect("cpu", "fp32"), seed=1, quiet=True)
+        rows[choice] = [row["loss"] for row in result.history]
+        assert all(block._compiled_call_impl is None for block in toy.model.blocks)
+    assert rows["on"] == pytest.approx(rows["off"], rel=1e-4)
