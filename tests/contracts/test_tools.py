@@ -48,7 +48,7 @@ def test_worked_examples(name: str) -> None:
 def test_bad_arguments_become_error_text(name: str) -> None:
     properties = tools.schema(name)["function"]["parameters"]["properties"]
     required = tools.schema(name)["function"]["parameters"].get("required", [])
-    cases: list[dict[str, object]] = [{"no_such_argument": 1}, dict.fromkeys(properties, {"nested": []})]
+    cases: list[dict[str, object]] = [{"no_such_argument": 1}, {name: {"nested": []} for name in properties}]
     if required:
         cases.append({})
     for arguments in cases:

@@ -122,7 +122,7 @@ def test_prompts_end_ready_to_answer(tokenizer: Tokenizer) -> None:
     assert [p.ids for p in loader.batch(3)] == [p.ids for p in seen[6:8]]
     with pytest.raises(UserError, match="prompt 0 has"):
         PromptLoader(rows, tokenizer, context=32, batch_rows=2, seed=0, reserve=16)
-    assert PromptLoader(rows, tokenizer, 38, 2, 0, reserve=16, drop_too_long=True).dropped == 2
+    assert PromptLoader(rows, tokenizer, 38, 2, 0, reserve=16, too_long="drop").dropped == 2
 
 
 def test_resuming_on_other_data_is_refused(tokenizer: Tokenizer) -> None:

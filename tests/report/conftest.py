@@ -93,7 +93,7 @@ def ppo_rows(over_optimised: bool = False) -> list[dict]:
                 "true_reward": true + wobble,
                 "kl": 6 * n / 80 + 4 * wobble,
                 "entropy": 1.4 - 0.5 * n / 80,
-                "length": 18 + 9 * n / 80,
+                "response_tokens": 18 + 9 * n / 80,
                 "loss": wobble,
             }
         )
@@ -123,17 +123,15 @@ def write_stage(run: Path, name: str, report: dict, rows: list[dict] = (), **rec
 
 
 def capabilities() -> dict[str, dict]:
-    failure = {"prompt": [{"role": "user", "content": "Who is <Ada>?"}], "replies": ["I & you"], "score": 0.0}
     return {
-        name: {
-            "value": value,
-            "n": 200,
-            "bar": bar,
-            "higher_is_better": higher,
-            "failures": [failure] if value < 1 else [],
-        }
+        name: {"value": value, "n": 200, "bar": bar, "higher_is_better": higher}
         for name, (value, bar, higher) in CAPABILITIES.items()
     }
+
+
+def by_model() -> dict[str, dict[str, float]]:
+    values = {name: value for name, (value, _, _) in CAPABILITIES.items()}
+    return {"sft": {name: round(0.97 * value, 3) for name, value in values.items()}, "ppo": values}
 
 
 @pytest.fixture
@@ -146,7 +144,13 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         names = ["corpus", "tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate"]
         recipe = {"name": "demo", "description": "A small <assistant> raised from nothing.", "seed": 1}
         (run / "recipe.json").write_text(json.dumps({**recipe, "stages": [{"name": name} for name in names]}))
-        write_stage(run, "evaluate", {"capabilities": capabilities(), "answers": ANSWERS}, seconds=48.0)
+        write_stage(
+            run, "evaluate", {"capabilities": capabilities(), "answers": ANSWERS, "by_model": by_model()}, seconds=48.0
+        )
+        failure = {"prompt": [{"role": "user", "content": "Who is <Ada>?"}], "replies": ["I & you"], "score": 0.0}
+        (run / "evaluate" / "failures.jsonl").write_text(
+            json.dumps({"model": "ppo", "task": "persona", **failure}) + "\n"
+        )
         write_stage(run, "corpus", {"documents": 20000, "bytes": 9_000_000}, settings={"source": "world"}, seconds=9.1)
         write_stage(run, "tokenizer", {"vocab_size": 2048, "bytes_per_token": 3.9}, seconds=3.3)
         pretrain = {
@@ -154,7 +158,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             "ngram_bpb": 1.21,
             "tokens": 7_400_000,
             "tokens_per_second": 21034.0,
-            "bars": {"bpb_over_ngram": {"at_most": 0.75}},
+            "bars": {"bpb_against_ngram": {"at_most": 0.75}},
         }
         settings = {"training": {"steps": 900, "optimizer": "muon", "learning_rate": 0.02}, "model": {"d_model": 256}}
         write_stage(run, "pretrain", pretrain, rows.get("pretrain", pretrain_rows()), seconds=352.0, settings=settings)
@@ -182,7 +186,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             "win_rate_vs_sft": {"value": 0.66, "n": 200, "interval": [0.59, 0.72]},
             "bars": {"win_rate_vs_sft": 0.6},
         }
-        write_stage(run, "ppo", ppo, rows.get("ppo", ppo_rows()), seconds=310.0, settings={"kl_budget": 8.0})
+        write_stage(run, "ppo", ppo, rows.get("ppo", ppo_rows()), seconds=310.0, settings={"ppo": {"kl_budget": 8.0}})
         return run
 
     return make

@@ -43,9 +43,16 @@ def test_stages_stand_in_the_recipe_s_order(make_run):
 def test_figures_are_those_of_the_stages(make_run):
     report = build_report(make_run())
     assert report["stages"]["pretrain"]["val_bpb"] == 0.834
-    assert report["stages"]["pretrain"]["bpb_over_ngram"] == pytest.approx(0.834 / 1.21)
+    assert report["stages"]["pretrain"]["bpb_against_ngram"] == pytest.approx(0.834 / 1.21)
     assert report["seconds"] == pytest.approx(9.1 + 3.3 + 352 + 140 + 95 + 310 + 48)
     assert report["synthetic_world"] is True
+
+
+def test_a_measured_figure_is_a_number_with_its_interval_beside_it(make_run):
+    """`stages.ppo.win_rate_vs_sft` is read as a number by others."""
+    ppo = build_report(make_run())["stages"]["ppo"]
+    assert ppo["win_rate_vs_sft"] == 0.66
+    assert (ppo["win_rate_vs_sft_n"], ppo["win_rate_vs_sft_interval"]) == (200, [0.59, 0.72])
 
 
 def test_a_missed_bar_stays_visible(make_run):
@@ -59,7 +66,7 @@ def test_a_missed_bar_stays_visible(make_run):
 
 def test_the_table_shows_stage_bars_and_capabilities(make_run):
     rows = {row.key: row for row in capability_table(build_report(make_run()))}
-    ratio, wins, recall = rows["pretrain.bpb_over_ngram"], rows["ppo.win_rate_vs_sft"], rows["fact_recall"]
+    ratio, wins, recall = rows["pretrain.bpb_against_ngram"], rows["ppo.win_rate_vs_sft"], rows["fact_recall"]
     assert (ratio.value_text, ratio.bar_text, ratio.met_text) == ("0.6893", "≤ 0.75", "met")
     assert (wins.value_text, wins.bar_text, wins.interval_text) == ("66.0 %", "≥ 60 %", "59 – 72 %")
     assert (recall.value_text, recall.bar_text, recall.n) == ("93.0 %", "≥ 90 %", 200)

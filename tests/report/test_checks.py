@@ -43,7 +43,7 @@ def test_nothing_stands_out_in_a_good_run(make_run):
         (stage("reward", {"pairwise_accuracy": 0.52}), "orders 52% of held-out pairs rightly"),
         (stage("ppo", {"win_rate_vs_sft": {"value": 0.4, "n": 10}}), "only 40% of the prompts"),
         (stage("ppo", rows=[{"step": n, "entropy": 2 * 0.9**n} for n in range(60)]), "hardly varies"),
-        (stage("ppo", rows=[{"step": n, "length": 10 + n} for n in range(60)]), "is length what is rewarded"),
+        (stage("ppo", rows=[{"step": n, "response_tokens": 10 + n} for n in range(60)]), "is length what is rewarded"),
         (stage("corpus", {"skipped_rows": 3}), "3 bad rows"),
         (StageRecord("sft", "sft"), "begun and not completed"),
     ],

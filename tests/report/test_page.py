@@ -100,8 +100,8 @@ def test_every_curve_has_a_figure_in_the_page_s_colours(make_run):
 
 def test_answers_stand_side_by_side(make_run):
     words = [word for word in read(page_of(make_run())).words if word in ("base model", "after SFT", "after PPO")]
-    assert words[:3] == ["base model", "after SFT", "after PPO"]
-    assert len(words) == 12
+    assert words[2:5] == ["base model", "after SFT", "after PPO"]
+    assert len(words) == 2 + 12, "two columns of the table of models, three answers to each of four prompts"
 
 
 def test_bars_are_told_in_words_not_only_in_colour(make_run):

@@ -92,7 +92,8 @@ def _is_pure(call: ast.Call, dotted_name) -> bool:
         return True
     if isinstance(call.func, ast.Attribute) and call.func.attr in PURE_METHODS:
         return True
-    is_value_type = "." not in name and name.lstrip("_")[:1].isupper()  # Message(…), Settings(…): a frozen value
+    last = name.rsplit(".", 1)[-1]  # Message(…), next_token.Settings(…): a frozen value
+    is_value_type = last == "Settings" or ("." not in name and last.lstrip("_")[:1].isupper())
     return is_value_type
 
 

@@ -29,7 +29,8 @@ def test_auto_compiles_only_long_runs_and_remembers(tmp_path: Path, seconds: flo
     for step in range(1, 5):
         compiler.after(step, steps, 100.0 if step == 1 else seconds)
     assert compiler._from == expected
-    assert len(said) == 1 and said[0].startswith("compile: on" if expected else "compile: off")
+    assert len(said) == 1
+    assert said[0].startswith("compile: on" if expected else "compile: off")
     assert Compiler("auto", {"m": Blocks()}, record, said.append)._from == expected
 
 
@@ -56,7 +57,8 @@ def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.M
     blocks = Blocks()
     compiling.compile_blocks(list(blocks.blocks), said.append)
     blocks(torch.arange(3)).sum().backward()
-    assert len(said) == 1 and "going on uncompiled" in said[0]
+    assert len(said) == 1
+    assert "going on uncompiled" in said[0]
 
 
 @pytest.mark.slow

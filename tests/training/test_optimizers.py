@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_muon_agrees_with_torch() -> None:
 def test_orthogonal_brings_singular_values_near_one() -> None:
     matrices = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonal(matrices, torch.float32))
-    assert float(values.min()) > 0.6 and float(values.max()) < 1.25
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.25
     assert float(torch.linalg.svdvals(matrices).max()) > 5
 
 
@@ -106,7 +108,7 @@ def test_every_schedule_rises_first_and_stays_in_bounds(name: str) -> None:
     values = [find("training.schedules", name).multiplier(step, settings) for step in range(1, 101)]
     assert values[:10] == pytest.approx([k / 10 for k in range(1, 11)])
     assert all(0 < value <= 1 for value in values)
-    assert all(a >= b for a, b in zip(values[9:], values[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[9:]))
 
 
 def test_schedules_by_hand() -> None:

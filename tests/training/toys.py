@@ -1,4 +1,4 @@
-"""A toy objective: a small network of repeated blocks learns a fixed random map; data are a pure function of the step."""
+"""A toy objective: a small network of repeated blocks learns a fixed random map; data follow from the step alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Toy(Objective):
     def validate(self) -> dict[str, float]:
         assert not self.model.training
         ids = torch.arange(16)
-        return {"error": float((self.model(ids).float() - self.answers).square().mean())}
+        return {"val_error": float((self.model(ids).float() - self.answers).square().mean())}
 
     def finished(self) -> str | None:
         return "enough" if self.stop_after and self._step >= self.stop_after else None

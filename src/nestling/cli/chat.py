@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,8 @@ def run_chat(folder: Path, options: ChatOptions | None = None, console: Console 
     if scripted:
         _play(session, options.script, console)
     else:
-        console.print(f"[dim]{folder} · {session.engine.model.parameter_count():,} parameters · /help lists commands[/]")
+        size = session.engine.model.parameter_count()
+        console.print(Text(f"{folder} · {size:,} parameters · /help lists commands", "dim"))
         _converse(session, console)
 
 
@@ -100,7 +101,7 @@ def _converse(session: ChatSession, console: Console) -> None:
             console.print(Text(f"error: {error}", "red"))
 
 
-def _show(events: Iterator[Event], console: Console) -> None:
+def _show(events: Generator[Event, None, None], console: Console) -> None:
     """Print a reply as it comes; Ctrl-C ends the reply, not the chat."""
     console.print(Text("bot  ", "bold green"), end="")
     try:
@@ -113,8 +114,7 @@ def _show(events: Iterator[Event], console: Console) -> None:
     except KeyboardInterrupt:
         console.print(Text(" (interrupted)", "dim"), end="")
     finally:
-        if hasattr(events, "close"):
-            events.close()
+        events.close()
     console.print()
 
 

@@ -39,8 +39,6 @@ def run(
     plan = load_recipe(path, overrides)
     if text is not None:
         plan = _on_text(plan, text)
-    if on_bad_row != "stop":
-        plan = _on_bad_row(plan, on_bad_row)
     folder = out or Path("runs") / plan.name
     pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet)
     show(folder)

@@ -1,5 +1,5 @@
 """Logits to tokens, tokens to replies: the one engine behind chat, server, rollouts, evaluation and synthesis.
 
-Reading order: sampling (what a request asks for), filters (pure functions on logits), strategy (the contract) and strategies/,
-sequence (what is known about one request), slots (cache rows), engine (the loop), chat (messages and tools), session.
+Reading order: sampling (what a request asks for), filters (pure functions on logits), sequence (what is known about one
+request), strategy (the contract) and strategies/, slots (cache rows), engine (the loop), chat (messages, tools), session.
 """

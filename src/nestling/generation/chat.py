@@ -1,7 +1,7 @@
 """Messages in, messages out: prompts rendered, tool calls answered on the way, replies parsed.
 
-A reply with a tool call is one token sequence. When the model has written <tool_call>{json}</tool_call><|im_end|>, the tool's
-result and a new assistant header are forced behind it, and the model goes on:
+A reply with a tool call is one token sequence. When the model has written <tool_call>{json}</tool_call><|im_end|>, the
+tool's result and a new assistant header are forced behind it, and the model goes on:
 
     12 + 3 is <tool_call>{"name": "calculator", …}</tool_call><|im_end|>        sampled
     \\n<|im_start|>tool\\n15<|im_end|>\\n<|im_start|>assistant\\n                  forced
@@ -66,9 +66,7 @@ def replies(
     return [loop.reply(completion, sampling) for loop, completion in zip(loops, completions, strict=True)]
 
 
-def ask(
-    tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, seed: int, loop: ToolLoop
-) -> Request:
+def ask(tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, seed: int, loop: ToolLoop) -> Request:
     """The request that makes a model answer `prompt`, its tool calls served by `loop`."""
     ids = render(tokenizer, prompt, loop.tools, prompt=True).ids
     return Request(ids, sampling, seed, interject=loop if loop.tools else None)

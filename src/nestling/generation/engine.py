@@ -1,11 +1,11 @@
 """The one generation engine: many requests at once, each with its own parameters, seed, stops and interjections.
 
-A step is: admit waiting requests, compute prompts and forced tokens (`Slots.fill`), one token of every row through the model,
-one vectorised call of each strategy in use, then bookkeeping per request. Requests enter and leave between steps.
+A step is: admit waiting requests, compute prompts and forced tokens (`Slots.fill`), one token of every row through the
+model, one vectorised call of each strategy in use, then bookkeeping per request. Requests enter and leave between steps.
 
-The engine holds the live module, not a copy: what a trainer changes is what the next step uses. It computes in the dtype of
-the weights unless told otherwise. On a CPU that should be float32: with bfloat16, rounding depends on the size of the batch,
-and a reply could depend on who shares it.
+The engine holds the live module, not a copy: what a trainer changes is what the next step uses. It computes in the dtype
+of the weights unless told otherwise. On a CPU that should be float32: with bfloat16, rounding depends on the size of the
+batch, and a reply could depend on who shares it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from nestling.model.decoder import Decoder
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import END_OF_TEXT, PAD, TURN_END, TURN_START
 
+Table = list[list[int]]
+"""[G, R] numbers on the host."""
 ADMIT_TOKENS = 8192
 """Prompt tokens admitted per step, so that those who are decoding never wait long."""
 
@@ -99,7 +101,7 @@ class Engine:
                 yield piece.text
 
     def pieces(self, running: Running) -> Iterator[Piece]:
-        """Everything a request submitted with `stream` shows, as it becomes readable; closing the iterator cancels it."""
+        """What a request submitted with `stream` shows, as it becomes readable; closing the iterator cancels it."""
         try:
             while running.completion is None:
                 self.step()
@@ -113,7 +115,7 @@ class Engine:
         """Queue a request; `step` until its `completion` is there.
 
         Raises:
-            UserError: an empty prompt or one that leaves no room, an unknown strategy or option, more rows than there are.
+            UserError: an empty prompt or one that leaves no room, an unknown strategy or option, too many rows.
         """
         self._check(request.ids)
         strategy = self._strategy(request.sampling)
@@ -128,12 +130,12 @@ class Engine:
                 fix="use sample or greedy",
             )  # fmt: skip
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
-        running = Running(request, self.tokenizer, stops, (strategy.rows, self.capacity))
+        running = Running(request, self.tokenizer, stop_ids=stops, width=strategy.rows, capacity=self.capacity)
         self._waiting.append((running, stream))
         return running
 
     def cancel(self, running: Running) -> None:
-        """Give a request up: its rows are free before the next step computes anything. Done requests stay as they are."""
+        """Give a request up: its rows are free before the next step computes anything. A done one stays as it is."""
         running.cancelled = running.completion is None
 
     @property
@@ -190,7 +192,8 @@ class Engine:
             logprobs = _log_probabilities(group.pick(raw), view, parents, tokens)
             self._accept(group, parents.tolist(), tokens.tolist(), logprobs.tolist())
 
-    def _accept(self, group: _Group, parents: list[list[int]], tokens: list[list[int]], logprobs: list[list[float]]) -> None:
+    def _accept(self, group: _Group, parents: Table, tokens: Table, logprobs: list[list[float]]) -> None:
+        """Carry out what a strategy decided for its requests."""
         if group.strategy.rows == 1:
             for running, (token,), (logprob,) in zip(group.running, tokens, logprobs, strict=True):
                 running.append(running.rows[0], token, logprob)
@@ -235,7 +238,7 @@ class Engine:
         return self._groups
 
     def _strategy(self, sampling: Sampling) -> Decoding:
-        key = f"{sampling.strategy} {json.dumps(sampling.options, sort_keys=True)}" if sampling.options else sampling.strategy
+        key = sampling.strategy + (json.dumps(sampling.options, sort_keys=True) if sampling.options else "")
         if key not in self._strategies:
             module = registry.find("generation.strategies", sampling.strategy)
             self._strategies[key] = module.Strategy(sampling.options)

@@ -66,7 +66,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
     A row needs one random number per token, so its draw cannot depend on who shares the batch. Returns [B].
     """
+    precision = torch.float32 if logits.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     weights = (logits - logits.amax(1, keepdim=True)).exp()
-    cumulative = weights.cumsum(1, dtype=torch.float64)
-    reached = cumulative > (uniform.double() * cumulative[:, -1])[:, None]
+    cumulative = weights.cumsum(1, dtype=precision)
+    below_one = uniform.to(precision).clamp_max(1 - torch.finfo(precision).eps).to(logits.device)
+    reached = cumulative > (below_one * cumulative[:, -1])[:, None]
     return reached.to(torch.uint8).argmax(1)

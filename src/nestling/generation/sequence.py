@@ -13,7 +13,7 @@ from nestling.tokenizer.stream import StreamDecoder
 
 Finish = Literal["stop", "length", "cancelled"]
 Interject = Callable[[list[int]], list[int] | None]
-"""Given all tokens so far (prompt excluded) after each sampled one, may return tokens to force, such as a tool's result."""
+"""Given all tokens so far (prompt excluded) after each sampled one, may return tokens to force: a tool's result."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Request:
 class Completion:
     """What was written. `ids`, `sampled` and `logprobs` have the same length; a stop token is the last of `ids`.
 
-    `logprobs[t]` is log softmax(logits / temperature) at ids[t], before any filter: what the learner computes with the same
-    temperature (1 for greedy). Forced tokens have 0. `text` ends before the stop token or stop text.
+    `logprobs[t]` is log softmax(logits / temperature) at ids[t], before any filter: what the learner computes with the
+    same temperature (1 for greedy). Forced tokens have 0. `text` ends before the stop token or stop text.
     """
 
     ids: list[int]
@@ -142,13 +142,15 @@ class Row:
 class Running:
     """A submitted request: its rows while it runs, its `completion` when it is done.
 
-    A lone row is watched as it grows. Where several rows compete, nothing can be shown before one has won, so their texts
-    are read again when needed.
+    A lone row is watched as it grows. Where several rows compete, nothing can be shown before one has won, so their
+    texts are read again when needed.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, stop_ids: frozenset[int], limits: tuple[int, int]) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, *, stop_ids: frozenset[int], width: int, capacity: int
+    ) -> None:
         self.request, self.tokenizer, self.stop_ids = request, tokenizer, stop_ids
-        self.width, self.capacity = limits  # rows of the request, tokens of a row
+        self.width, self.capacity = width, capacity  # rows of the request, tokens of a row
         self.prompt = list(request.ids)
         self.sampling = request.sampling
         self.noise = Noise(request.seed)
@@ -242,7 +244,7 @@ class Running:
         """The text of a row from its beginning, and whether a stop text ends it."""
         watch = self._new_watch()
         ids = row.ids[:-1] if row.ids and row.ids[-1] in self.stop_ids else row.ids
-        return watch, any([watch.push(token) for token in ids])
+        return watch, any(watch.push(token) for token in ids)
 
 
 def _finish(row: Row) -> Finish:

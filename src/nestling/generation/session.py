@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class ChatSession:
         """The whole conversation, system message included."""
         return [*([Message(role="system", content=self.system)] if self.system else []), *self.history]
 
-    def say(self, text: str) -> Iterator[Event]:
+    def say(self, text: str) -> Generator[Event, None, None]:
         """Add a user turn and stream the reply. Closing the iterator early keeps what was written so far.
 
         Raises:
@@ -76,7 +76,7 @@ class ChatSession:
             raise
         return self._answer(prompt)
 
-    def regenerate(self) -> Iterator[Event]:
+    def regenerate(self) -> Generator[Event, None, None]:
         """Forget the last reply and answer the last user turn again, with fresh randomness.
 
         Raises:
@@ -109,7 +109,7 @@ class ChatSession:
             raise UserError("there is no conversation to save", fix="say something first")
         write_rows(Path(path), [Conversation(messages=tuple(self.messages), tools=self.tools).to_row()])
 
-    def _answer(self, prompt: list[Message]) -> Iterator[Event]:
+    def _answer(self, prompt: list[Message]) -> Generator[Event, None, None]:
         self._replies += 1
         loop = ToolLoop(self.engine.tokenizer, self.tools)
         seed = stream_seed(self.seed, "chat", self._replies)
@@ -145,7 +145,7 @@ class ChatSession:
         )  # fmt: skip
 
 
-def _events(pieces: Iterator[Piece], loop: ToolLoop) -> Iterator[Event]:
+def _events(pieces: Iterator[Piece], loop: ToolLoop) -> Generator[Event, None, None]:
     """What a person reads out of a stream of pieces: control tokens and forced text become events."""
     inside = ""
     collected = ""

@@ -47,11 +47,6 @@ class Slots:
             self._cache = KVCache(self.model.config, self.rows, self.capacity, weight.device, dtype)
         return self._cache
 
-    def forget(self) -> None:
-        """Free the cache's memory; the next use allocates it again."""
-        assert not self.table
-        self._cache = None
-
     def take(self, running: Running, row: Row) -> None:
         """Put a new row behind the live ones."""
         row.slot = len(self.table)
@@ -70,7 +65,7 @@ class Slots:
         del self.table[kept:]
 
     def follow(self, moves: Sequence[tuple[int, Running, Row]]) -> None:
-        """Each (parent, running, row): the row takes its slot over with a copy of what slot `parent` holds, all at once."""
+        """For each (parent, running, row), all at once: the row takes over its slot, with what slot `parent` holds."""
         moved = [(parent, row.slot) for parent, _, row in moves if parent != row.slot]
         if moved:
             self._copy([parent for parent, _ in moved], [slot for _, slot in moved])
@@ -80,8 +75,8 @@ class Slots:
     def fill(self) -> list[tuple[Running, Tensor]]:
         """Bring every row to the point where one token is pending: prompts, and what was forced on a row.
 
-        Equal prompts are computed once and copied. Returns for each request that is new the model's outputs [T, D] at its
-        prompt, the last token excluded.
+        Equal prompts are computed once and copied. Returns for each request that is new the model's outputs [T, D] at
+        its prompt, the last token excluded.
         """
         work: dict[tuple[int, ...], list[tuple[Running, Row]]] = {}
         for running, row in self.table:
@@ -124,7 +119,9 @@ class Slots:
             row.cached += len(tokens)
         return [hidden[i, :count] for i, count in enumerate(counts)]
 
-    def _share(self, key: tuple[int, ...], owners: list[tuple[Running, Row]], hidden: Tensor) -> list[tuple[Running, Tensor]]:
+    def _share(
+        self, key: tuple[int, ...], owners: list[tuple[Running, Row]], hidden: Tensor
+    ) -> list[tuple[Running, Tensor]]:
         """Copy the first owner's cache row to the others that wait for the same tokens."""
         first, others = owners[0][1], [row for _, row in owners[1:]]
         if others:

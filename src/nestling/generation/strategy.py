@@ -1,9 +1,9 @@
 """The contract of a decoding strategy: which token goes to which parent, for all requests that chose it, in one call.
 
-A strategy works on R rows per request. After each model step it sees the logits of every row and answers two tensors [G, R]
-(G requests): row r becomes a copy of row `parents[g, r]` with `tokens[g, r]` appended. So sampling is R = 1; beam search
-picks the R best of R·V continuations; a look-ahead search puts its candidates into the rows and commits by choosing
-parents. The engine moves cache rows, ends rows at stop tokens and limits, and calls until all rows of a request have ended.
+A strategy works on R rows per request. After each model step it sees the logits of every row and answers two tensors
+[G, R] (G requests): row r becomes a copy of row `parents[g, r]` with `tokens[g, r]` appended. So sampling is R = 1; beam
+search picks the R best of R·V continuations; a look-ahead search puts its candidates into the rows and commits by choosing
+parents. The engine moves cache rows, ends rows at stop tokens and limits, and goes on until all rows of a request ended.
 
 A new strategy is one new file in generation/strategies with a class `Strategy(Decoding)`.
 """
@@ -67,9 +67,8 @@ class View:
         return [running.memory for running in self.requests]
 
     def uniforms(self) -> Tensor:
-        """[G] the next uniform number of each request's own stream, float64."""
-        values = [running.noise.uniform() for running in self.requests]
-        return torch.tensor(values, dtype=torch.float64, device=self.logits.device)
+        """[G] the next uniform number of each request's own stream, float64 on the host."""
+        return torch.tensor([running.noise.uniform() for running in self.requests], dtype=torch.float64)
 
     def gumbels(self, *shape: int) -> Tensor:
         """[G, *shape] Gumbel noise from each request's own stream."""

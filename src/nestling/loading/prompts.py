@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
@@ -37,7 +38,7 @@ class PromptLoader:
     Args:
         context: the model's context length.
         reserve: tokens kept free for the answer.
-        drop_too_long: leave out prompts that do not fit (counted in `.dropped`) instead of stopping.
+        too_long: "error", or "drop": prompts that do not fit are left out and counted in `.dropped`.
 
     Raises:
         UserError: a prompt longer than context − reserve, or no prompt.
@@ -45,7 +46,7 @@ class PromptLoader:
 
     def __init__(
         self, rows: Iterable[PromptRow], tokenizer: Tokenizer, context: int, batch_rows: int, seed: int,
-        *, reserve: int = 1, drop_too_long: bool = False,
+        *, reserve: int = 1, too_long: Literal["error", "drop"] = "error",
     ) -> None:  # fmt: skip
         self.batch_rows, self.seed, self.most = batch_rows, seed, context - reserve
         self.dropped = 0
@@ -54,10 +55,10 @@ class PromptLoader:
             ids = render(tokenizer, row.prompt, row.meta.get("tools", ()), prompt=True).ids
             if len(ids) <= self.most:
                 self._prompts.append((number, ids, row))
-            elif not drop_too_long:
+            elif too_long == "error":
                 raise UserError(
                     f"prompt {number} has {len(ids)} tokens, {self.most} fit (context {context}, {reserve} to answer)",
-                    fix="raise the context, shorten the prompt, or drop long prompts",
+                    fix="raise the context, shorten the prompt, or set too_long to drop",
                 )
             else:
                 self.dropped += 1

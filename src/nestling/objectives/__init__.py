@@ -5,7 +5,7 @@ An objective file offers
     Settings(Config)                          its settings
     build(settings, materials) -> Objective   the real thing
     toy(seed, microbatches=1) -> Objective    the same code on a model and data of seconds; every update is split into
-                                              so many microbatches (it has three units or more) and some places are masked
+                                              so many microbatches (of three units or more), some places masked
     IMPROVES: tuple[str, str]                 a key of the toy's `validate()`, and "up" or "down": its way in 30 steps
     scramble_masked(microbatch, seed)         the microbatch with other content wherever the loss must not look
 and `tests/contracts/test_objectives.py` checks every one of them with these.

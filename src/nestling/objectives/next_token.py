@@ -30,13 +30,13 @@ from nestling.objectives.materials import Materials
 from nestling.training.contract import Objective, Term, Update
 
 READS = ("model",)
-IMPROVES = ("loss", "down")
+IMPROVES = ("val_loss", "down")
 
 
 class Settings(Config):
     """Settings of next-token prediction."""
 
-    microbatches: int = Field(default=1, ge=1, description="Pieces that a batch is computed in; the gradient is the same.")
+    microbatches: int = Field(default=1, ge=1, description="Pieces that a batch is computed in; same gradient.")
     validation_batches: int = Field(default=0, ge=0, description="Most batches of a validation; 0 takes all there are.")
 
 
@@ -92,7 +92,7 @@ class NextToken(Objective):
         return [Term("cross_entropy", next_token_loss_sum(self.model, microbatch.to(self.device)), per="tokens")]
 
     def validate(self) -> dict[str, float]:
-        """Held-out `loss` in nats per learnt token, and `bpb`, bits per byte of text."""
+        """Held-out `val_loss` in nats per learnt token, and `val_bpb`, bits per byte of text."""
         if self.validation is None:
             return {}
         sums = {"nats": 0.0, "tokens": 0.0, "text_nats": 0.0, "bytes": 0.0}
@@ -101,7 +101,7 @@ class NextToken(Objective):
                 sums[name] += value
         sums = sum_over_ranks(sums)
         bits = sums["text_nats"] / math.log(2)
-        return {"loss": sums["nats"] / max(1.0, sums["tokens"]), "bpb": bits / max(1.0, sums["bytes"])}
+        return {"val_loss": sums["nats"] / max(1.0, sums["tokens"]), "val_bpb": bits / max(1.0, sums["bytes"])}
 
     def _held_out(self, batch: TokenBatch) -> dict[str, float]:
         """Sums over one batch, from one forward pass."""

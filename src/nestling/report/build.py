@@ -68,15 +68,25 @@ def figures(run: Run) -> dict[str, Any]:
 
 
 def _stage(stage: StageRecord) -> dict[str, Any]:
-    """A stage's own report beside what the pipeline knows of it; capabilities and answers have their own place."""
-    own = {key: value for key, value in stage.report.items() if key not in ("capabilities", "answers")}
+    """A stage's own report beside what the pipeline knows of it; capabilities and answers have their own place.
+
+    `{"value": 0.66, "n": 200, "interval": […]}` under `win_rate_vs_sft` becomes that number under that key, with
+    `win_rate_vs_sft_n` and `win_rate_vs_sft_interval` beside it.
+    """
+    own: dict[str, Any] = {}
+    for key, value in stage.report.items():
+        if isinstance(value, Mapping) and "value" in value:  # a measured figure: the key itself is the number
+            own[key] = value["value"]
+            own |= {f"{key}_{part}": inner for part, inner in value.items() if part != "value"}
+        elif key not in ("capabilities", "answers"):
+            own[key] = value
     if bars := stage.settings.get("bars"):
         own.setdefault("bars", bars)
     model, ngram = stage.figure("val_bpb"), stage.figure("ngram_bpb")
     if model is not None and ngram:
-        own.setdefault("bpb_over_ngram", model / ngram)
+        own.setdefault("bpb_against_ngram", model / ngram)
     known = {"stage": stage.kind, "key": stage.key, "finished": stage.finished, "seconds": stage.seconds}
-    return {**known, **own, "wall_seconds": stage.seconds}
+    return {**known, **own}
 
 
 def _answers(run: Run) -> list[Row]:

@@ -130,7 +130,7 @@ def _entropy_gone(stage: StageRecord) -> Iterator[Finding]:
 
 
 def _length_drifted(stage: StageRecord) -> Iterator[Finding]:
-    points = smooth(stage.first_series("length", "response_length"))
+    points = smooth(stage.series("response_tokens"))
     if len(points) >= 4 and points[0][1] > 0 and not 0.5 < points[-1][1] / points[0][1] < 2:
         text = f"Answers went from {points[0][1]:.0f} to {points[-1][1]:.0f} tokens: is length what is rewarded?"
         yield Finding("note", stage.name, text)
@@ -140,6 +140,9 @@ def _skipped_rows(stage: StageRecord) -> Iterator[Finding]:
     skipped = stage.figure("skipped_rows") or stage.figure("skipped")
     if skipped:
         yield Finding("note", stage.name, f"{skipped:.0f} bad rows of the input were skipped.")
+    for figure, fate in (("dropped", "left out"), ("cut", "cut")):
+        if count := stage.figure(figure):
+            yield Finding("note", stage.name, f"{count:.0f} rows were longer than the context and were {fate}.")
 
 
 def _missed_bars(table: list[TableRow]) -> Iterator[Finding]:

@@ -85,11 +85,11 @@ def _reward(stage: StageRecord) -> Iterator[Plot]:
 def _ppo(stage: StageRecord) -> Iterator[Plot]:
     yield Plot(stage.name, "Reward while learning", "mean per answer", _rewards(stage, "", noisy=True))
     yield Plot(stage.name, "Reward on held-out prompts", "mean per answer", _rewards(stage, "val_", noisy=False))
-    budget = number(stage.settings.get("kl_budget"))
+    budget = stage.setting("kl_budget")
     levels = [] if budget is None else [("budget", budget)]
     yield Plot(stage.name, "Distance from the SFT model", "KL, nats", [Curve("KL", stage.series("kl"), True)], levels)
     yield Plot(stage.name, "Entropy", "nats per token", [Curve("entropy", stage.series("entropy"), noisy=True)])
-    length = stage.first_series("length", "response_length")
+    length = stage.series("response_tokens")
     yield Plot(stage.name, "Answer length", "tokens", [Curve("length", length, noisy=True)])
 
 

@@ -79,6 +79,8 @@ def _sections(contents: Contents) -> Iterator[Section]:
     run = contents.run
     lead = "Share of held-out problems solved; the tick on each bar is the mark that it was held to."
     yield Section("table", "What it can do", _table(contents.table), lead)
+    lead = "The same problems for each model; what aligning cost shows where a share falls."
+    yield Section("models", "Model by model", _by_model(run), lead)
     yield Section("wrong", "What looks wrong", _findings(contents.findings))
     lead = "The same prompts, answered by the models of this run one after the other."
     yield Section("answers", "Before and after", "".join(_talks(contents.answers)), lead)
@@ -121,7 +123,7 @@ def _tiles(contents: Contents) -> Iterator[str]:
         yield _tile(f"{sum(bool(row.met) for row in held)} of {len(held)}", "bars met")
     for stage in contents.run.stages:
         model, ngram = stage.figure("val_bpb"), stage.figure("ngram_bpb")
-        if model is not None:
+        if model is not None and stage.kind == "pretrain":
             beside = f"; n-gram model {ngram:.3f}" if ngram is not None else ""
             yield _tile(f"{model:.3f}", f"bits per byte, {stage.name}{beside}")
         if (accuracy := stage.figure("pairwise_accuracy")) is not None:
@@ -166,6 +168,22 @@ def _meter(row: TableRow) -> str:
     tick = "" if row.bar is None else f'<u style="left: {100 * min(1.0, max(0.0, row.bar)):.1f}%"></u>'
     kind = {True: "good", False: "bad", None: ""}[row.met]
     return f'<div class="meter" aria-hidden="true"><i class="{kind}" style="width: {width:.1f}%"></i>{tick}</div>'
+
+
+def _by_model(run: Run) -> str:
+    """Every task for every model that was measured, so that what a step gained or cost is seen."""
+    measured: dict[str, Mapping[str, Any]] = {}
+    for stage in run.of_kind("evaluate"):
+        measured |= stage.report.get("by_model") or {}
+    if len(measured) < 2:
+        return ""
+    head = "".join(f'<th class="right">{text(MODEL_NAMES.get(model, model))}</th>' for model in measured)
+    lines = []
+    for task in dict.fromkeys(task for values in measured.values() for task in values):
+        shares = (number(values.get(task)) for values in measured.values())
+        cells = "".join(f'<td class="right">{"–" if share is None else f"{share:.1%}"}</td>' for share in shares)
+        lines.append(f"<tr><td>{text(spoken(task))}</td>{cells}</tr>")
+    return f'<div class="card scroll"><table><tr><th>what</th>{head}</tr>{"".join(lines)}</table></div>'
 
 
 def _findings(findings: list[Finding]) -> str:
@@ -236,17 +254,18 @@ def _came_to(stage: StageRecord) -> str:
 
 
 def _failures(run: Run) -> Iterator[str]:
-    """The answers that cost points, as the evaluation kept them, folded away."""
-    for stage in run.of_kind("evaluate"):
-        for name, entry in (stage.report.get("capabilities") or {}).items():
-            lines = [
-                f'<div class="asked">{text(as_prompt(failure.get("prompt", "")))}</div>'
-                f"<pre>{text(chr(10).join(map(str, failure.get('replies', []))))}</pre>"
-                for failure in entry.get("failures") or ()
-            ]
-            if lines:
-                title = text(spoken(name))
-                yield f'<details class="card"><summary>{title} ({len(lines)})</summary>{"".join(lines)}</details>'
+    """The answers that cost points, by model and task, folded away."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in (row for stage in run.of_kind("evaluate") for row in stage.failures):
+        groups.setdefault((str(row.get("model", "")), str(row.get("task", ""))), []).append(row)
+    for (model, task), rows in groups.items():
+        lines = [
+            f'<div class="asked">{text(as_prompt(row.get("prompt", "")))}</div>'
+            f"<pre>{text(chr(10).join(map(str, row.get('replies', []))))}</pre>"
+            for row in rows
+        ]
+        title = f"{text(MODEL_NAMES.get(model, model))}: {text(spoken(task))} ({len(lines)})"
+        yield f'<details class="card"><summary>{title}</summary>{"".join(lines)}</details>'
 
 
 def _samples(run: Run) -> Iterator[str]:

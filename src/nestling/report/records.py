@@ -24,7 +24,8 @@ class StageRecord:
     [(1.0, 2.0)]
 
     `name` is the stage's name in the recipe and `kind` the file of `stages/` that ran; `finished` is None for a stage
-    that was begun and not completed. `rows` is its metrics.jsonl, where a number that was not finite is None.
+    that was begun and not completed. `rows` is its metrics.jsonl, where a number that was not finite is None; `samples`
+    and `failures` are the files of that name: texts on the way, and answers that cost points.
     """
 
     name: str
@@ -37,6 +38,7 @@ class StageRecord:
     finished: str | None = None
     rows: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+    failures: list[Row] = field(default_factory=list)
 
     def series(self, name: str) -> Points:
         """(step, value) of one logged number, without the rows that lack it or where it was not finite."""
@@ -50,6 +52,10 @@ class StageRecord:
     def figure(self, name: str) -> float | None:
         """A number of the stage's final report; `{"value": x, …}` counts as x."""
         return number(self.report.get(name))
+
+    def setting(self, name: str) -> float | None:
+        """A number of the stage's settings, wherever it is nested."""
+        return _nested(self.settings, name)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,14 @@ class Run:
     def synthetic(self) -> bool:
         """Whether any stage drew from the embedded world."""
         return any(_names_world(stage.settings) or stage.report.get("synthetic") for stage in self.stages)
+
+
+def _nested(settings: Mapping[str, Any], name: str) -> float | None:
+    """The first number called `name` in nested settings, the outermost first."""
+    if (found := number(settings.get(name))) is not None:
+        return found
+    inner = (_nested(value, name) for value in settings.values() if isinstance(value, Mapping))
+    return next((value for value in inner if value is not None), None)
 
 
 def number(value: object) -> float | None:
@@ -111,8 +125,8 @@ def read_run(folder: Path) -> Run:
 
 def _read_stage(folder: Path) -> StageRecord | None:
     """The record of one stage folder; None for a folder in which no stage has begun."""
-    rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    samples = read_metrics(folder / "samples.jsonl") if (folder / "samples.jsonl").exists() else []
+    files = (folder / f"{name}.jsonl" for name in ("metrics", "samples", "failures"))
+    rows, samples, failures = (read_metrics(file) if file.exists() else [] for file in files)
     if not (folder / "stage.json").exists():
         begun = rows or (folder / "started.json").exists()
         return StageRecord(folder.name, folder.name, rows=rows, samples=samples) if begun else None
@@ -128,6 +142,7 @@ def _read_stage(folder: Path) -> StageRecord | None:
         finished=record.get("finished") or "",
         rows=rows,
         samples=samples,
+        failures=failures,
     )
 
 

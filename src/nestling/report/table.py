@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from nestling.core.intervals import wilson
 from nestling.report.records import number
 
 SPOKEN = {
-    "bpb_over_ngram": "bits per byte ÷ n-gram's",
+    "bpb_against_ngram": "bits per byte ÷ n-gram's",
     "val_bpb": "bits per byte",
     "pairwise_accuracy": "pairs ordered rightly",
+    "noise_free_pairwise_accuracy": "pairs ordered rightly, without noise",
     "win_rate_vs_sft": "wins against SFT",
 }  # figures whose key is too short to be understood
 
@@ -85,15 +86,16 @@ def _stage_rows(report: Mapping[str, Any]) -> Iterator[TableRow]:
     for name, stage in report["stages"].items():
         for figure, bar in (stage.get("bars") or {}).items():
             limit, higher = _limit(bar)
-            held = stage.get(figure)
+            counted = number(stage.get(f"{figure}_n"))
+            bounds = stage.get(f"{figure}_interval") or [stage.get(f"{figure}_low"), stage.get(f"{figure}_high")]
             yield TableRow(
                 key=f"{name}.{figure}",
                 title=f"{name}: {SPOKEN.get(figure, spoken(figure))}",
-                value=number(held),
+                value=number(stage.get(figure)),
                 bar=limit,
                 higher_is_better=higher,
-                n=_count(held),
-                interval=_interval(held, share=None),
+                n=None if counted is None else int(counted),
+                interval=_bounds(bounds),
                 is_share=figure.endswith(("accuracy", "rate")) or "win_rate" in figure,
             )
 
@@ -120,23 +122,26 @@ def _limit(bar: object) -> tuple[float | None, bool]:
     return number(bar), True
 
 
-def _count(entry: object) -> int | None:
-    count = number(entry.get("n")) if isinstance(entry, Mapping) else None
+def _count(entry: Mapping[str, Any]) -> int | None:
+    count = number(entry.get("n"))
     return None if count is None else int(count)
 
 
-def _interval(entry: object, share: float | None) -> tuple[float, float] | None:
+def _interval(entry: Mapping[str, Any], share: float | None) -> tuple[float, float] | None:
     """The 95 % interval that the entry carries; else Wilson's, when the value is a share of n."""
-    if not isinstance(entry, Mapping):
-        return None
-    given = [number(bound) for bound in entry.get("interval") or ()]
-    if len(given) == 2 and given[0] is not None and given[1] is not None:
-        return given[0], given[1]
+    if (given := _bounds(entry.get("interval") or ())) is not None:
+        return given
     count = _count(entry)
     if share is None or not count or not 0 <= share <= 1:
         return None
     low, high = wilson(share * count, count)
     return low, high
+
+
+def _bounds(bounds: Sequence[object]) -> tuple[float, float] | None:
+    """Two numbers, or nothing."""
+    found = [value for bound in bounds if (value := number(bound)) is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 def short(value: float) -> str:

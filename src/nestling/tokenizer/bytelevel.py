@@ -120,7 +120,8 @@ class ByteLevel:
         bare = len(model["vocab"]) - len(ids)
         if pattern is None or bare != 256 or any(a >= b for a, b in itertools.pairwise(ids)):
             return None
-        bpe = self._plain.model
+        strict = dict(definition) | {"model": dict(model) | {"ignore_merges": False}, "added_tokens": []}
+        bpe = tokenizers.Tokenizer.from_str(json.dumps(strict | {"post_processor": None})).model
         if any([piece.id for piece in bpe.tokenize("".join(pair))] != [n] for pair, n in zip(merges, ids, strict=True)):
             return None
         ranks = {piece: number for number, piece in self.token_bytes.items()}

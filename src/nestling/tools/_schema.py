@@ -43,7 +43,8 @@ def run(name: str, arguments: Mapping[str, Any]) -> str:
     """
     try:
         values = _arguments_model(name).model_validate(dict(arguments))
-        return registry.find("tools", name).call(**{field: getattr(values, field) for field in type(values).model_fields})
+        fields = {field: getattr(values, field) for field in type(values).model_fields}
+        return registry.find("tools", name).call(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         return f"{ERROR}argument {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"

@@ -1,7 +1,7 @@
 """Exact arithmetic: integers and decimals stay exact, only a quotient that never ends is rounded.
 
-Not covered: variables, functions, complex numbers. The expression is parsed, never executed, and its size, its exponents and
-the size of every intermediate result are bounded, so that no input can hang the process.
+Not covered: variables, functions, complex numbers. The expression is parsed, never executed, and its size, its exponents
+and the size of every intermediate result are bounded, so that no input can hang the process.
 """
 
 from __future__ import annotations

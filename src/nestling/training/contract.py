@@ -86,7 +86,7 @@ class Objective(ABC):
     def validate(self) -> dict[str, float]:
         """Held-out figures with the current weights; asked by the validation hook, without gradient and dropout.
 
-        Names are bare (`loss`, `bpb`); the row of metrics shows them as `val_loss`, `val_bpb`.
+        Their names begin with `val_` (`val_loss`, `val_bpb`): they share the row with the step's own numbers.
         """
         return {}
 

@@ -78,7 +78,7 @@ class Validating(Hook):
     def on_step(self, run: Run) -> None:
         """Validate where it is due."""
         if run.every(run.settings.validate_every):
-            run.row.update({f"val_{name}": value for name, value in run.validate().items()})
+            run.row.update(run.validate())
             run.stopped = run.stopped or run.objective.finished()
 
 

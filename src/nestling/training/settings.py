@@ -18,9 +18,9 @@ class TrainSettings(Config):
 
     steps: int = Field(ge=1, description="Steps of the loop; an on-policy objective may take several updates in each.")
     optimizer: str = Field(default="muon", description="A file of training/optimizers/: muon, adamw.")
-    learning_rate: float = Field(default=0.02, gt=0, description="Peak learning rate (for muon: of the hidden matrices).")
+    learning_rate: float = Field(default=0.02, gt=0, description="Peak learning rate; of hidden matrices under muon.")
     adam_learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak learning rate of what Muon leaves to AdamW; a fifth of learning_rate if not set."
+        default=None, gt=0, description="Peak rate of what Muon leaves to AdamW; a fifth of learning_rate if not set."
     )
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay, on matrices only.")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of Muon.")
@@ -28,7 +28,7 @@ class TrainSettings(Config):
     epsilon: float = Field(default=1e-8, gt=0, description="Added to AdamW's denominator.")
     schedule: str = Field(default="wsd", description="A file of training/schedules/: wsd, cosine, constant.")
     warmup: float = Field(default=0.02, ge=0, le=1, description="Share of the steps in which the rate rises from zero.")
-    decay: float = Field(default=0.4, ge=0, le=1, description="Share of the steps at the end in which wsd lowers the rate.")
+    decay: float = Field(default=0.4, ge=0, le=1, description="Share of the steps, at the end, in which wsd falls.")
     floor: float = Field(default=0.0, ge=0, le=1, description="Share of the peak rate that is left at the last step.")
     clip: float = Field(default=1.0, ge=0, description="Largest global norm of the gradient; 0 doesn't clip.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

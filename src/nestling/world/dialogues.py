@@ -82,7 +82,8 @@ def answered(facts: Facts, stream: Stream, exchange: Exchange, style: str | None
     if exchange.expression is None:
         return [reply]
     call = ToolCall(name=CALCULATOR, arguments={"expression": exchange.expression})
-    return [Message(role="assistant", tool_calls=(call,)), Message(role="tool", content=exchange.truth["answer"]), reply]
+    result = Message(role="tool", content=exchange.truth["answer"])
+    return [Message(role="assistant", tool_calls=(call,)), result, reply]
 
 
 def styled(facts: Facts, stream: Stream, exchange: Exchange, style: str | None = None) -> str:

@@ -13,7 +13,7 @@ from nestling.core.types import Document
 from nestling.world import exercises, pages
 from nestling.world.facts import Citizen, Facts
 from nestling.world.stories import story
-from nestling.world.streams import Stream
+from nestling.world.streams import Stream, bucket
 
 Maker = Callable[[Facts, Stream, Citizen, str], str]
 # kind → (maker, turns per lap of the wheel). Facts take about half of the text; the rest teaches form and reasoning.
@@ -23,6 +23,9 @@ KINDS: dict[str, tuple[Maker, int]] = {
     "comparison": (pages.comparison, 2), "animals": (pages.animal_page, 1), "howto": (pages.howto, 3),
     "shopping": (pages.shopping, 2), "sums": (exercises.sums, 3), "spelling": (exercises.spelling, 2),
     "memory": (exercises.memory, 2), "lesson": (exercises.lesson, 1), "code": (exercises.code, 1)}
+
+
+VAL_SHARE = 8  # one of so many texts belongs to validation
 
 
 @lru_cache(maxsize=1)
@@ -46,6 +49,14 @@ def documents(facts: Facts, seed: int, split: str, count: int | None = None) -> 
             lap = Stream(seed, "order", split, kind, turn // len(facts.people))
             orders[kind] = lap.shuffled(facts.people)
         person = orders[kind][turn % len(facts.people)]
-        text = KINDS[kind][0](facts, Stream(seed, "document", split, place), person, split)
+        text = _text(facts, Stream(seed, "document", split, place), person, split, KINDS[kind][0])
         yield Document(id=f"{split}-{place:07d}", text=text, source="world", meta={"kind": kind})
         place += 1
+
+
+def _text(facts: Facts, stream: Stream, person: Citizen, split: str, maker: Maker) -> str:
+    """A text of this split. Every possible text belongs to one split for good, so that train and val never share one."""
+    while True:
+        text = maker(facts, stream, person, split)
+        if (bucket(text, VAL_SHARE) == 0) == (split != "train"):
+            return text

@@ -7,7 +7,7 @@ from typing import Any
 
 from nestling.world.facts import Citizen, Facts
 from nestling.world.language import capital, fill
-from nestling.world.programs import PROGRAMS, SOURCES, arguments
+from nestling.world.programs import PROGRAMS, arguments, source
 from nestling.world.stories import Cast
 from nestling.world.streams import Stream
 
@@ -126,7 +126,7 @@ def _sentence(facts: Facts, stream: Stream, nouns: list[str], verbs: list[str], 
 def code(facts: Facts, stream: Stream, known: Citizen, split: str) -> str:
     """A Python function, some calls and their true results, in Python's notation and in words."""
     lang, program = facts.lang, stream.pick(PROGRAMS)
-    lines = [stream.pick(lang.get("exercises.code.titles")), "", SOURCES[program.__name__], "",
+    lines = [stream.pick(lang.get("exercises.code.titles")), "", source(program), "",
              stream.pick(lang.get("exercises.code.calls"))]
     for _ in range(stream.number(3, 5)):
         values = arguments(program, stream, lang.get("things.words"))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from nestling.core.errors import UserError
-from nestling.world.language import Language, Noun, Person
+from nestling.world.language import Language, Noun, Person, language
 from nestling.world.streams import Stream, bucket
 
 SIZES = {"tiny": (12, 5), "small": (100, 20), "medium": (1000, 60)}
@@ -55,6 +56,7 @@ class Facts:
     """The whole truth of one world, and the language it is told in."""
 
     seed: int
+    size: str
     lang: Language
     people: list[Citizen]
     towns: list[Town]
@@ -69,18 +71,44 @@ class Facts:
     def index(self) -> None:
         """Fill the look-ups from the entities."""
         self.by_name = {person.name: person for person in self.people}
-        pools: dict[str, Sequence[Any]] = {"people": self.people, "towns": self.towns}
-        for kind, entities in pools.items():
-            for attribute in ATTRIBUTES[kind]:
-                for entity in entities:
-                    self.values.setdefault(str(getattr(entity, attribute)).lower(), set()).add(f"{kind}.{attribute}")
+        for kind in ATTRIBUTES:
+            for attribute in (*ATTRIBUTES[kind], *(("pet_name",) if kind == "people" else ())):
+                for entity in self.pool(kind):
+                    self.values.setdefault(str(getattr(entity, attribute)), set()).add(f"{kind}.{attribute}")
         words = sorted(self.values, key=lambda word: (-len(word), word))
         self.pattern = re.compile(r"\b(" + "|".join(map(re.escape, words)) + r")\b")
 
-    def mentioned(self, text: str, kind: str, attribute: str) -> set[str]:
-        """The values of this attribute (of anyone) that the text names, in small letters."""
-        wanted = f"{kind}.{attribute}"
-        return {word for word in self.pattern.findall(text.lower()) if wanted in self.values[word]}
+    def mentioned(self, text: str) -> dict[str, set[str]]:
+        """The values (of anyone) that a text names, by attribute: {"people.job": {"baker"}}.
+
+        Names must be spelled with their capitals (so that "may" is no month); other values may start a sentence.
+        """
+        found: dict[str, set[str]] = {}
+        names = {word for word in self.pattern.findall(text) if word[0].isupper()}
+        for word in names.union(self.pattern.findall(text.lower())):
+            for attribute in self.values[word]:
+                found.setdefault(attribute, set()).add(word)
+        return found
+
+    def entity(self, kind: str, name: str) -> Any:
+        """The person, town or animal of this name."""
+        return next(entity for entity in self.pool(kind) if str(entity) == name)
+
+    def pool(self, kind: str) -> Sequence[Any]:
+        """All people, towns or animals."""
+        if kind == "people":
+            return self.people
+        return self.towns if kind == "towns" else self.animals
+
+    def truths(self, kind: str, name: str) -> set[str]:
+        """Every value that may be said about an entity: its own, its town's, its friend's and sibling's names."""
+        entity = self.entity(kind, name)
+        known = {name, *(str(getattr(entity, attribute)) for attribute in ATTRIBUTES[kind])}
+        if kind == "people":
+            known |= {str(getattr(entity.town, attribute)) for attribute in ATTRIBUTES["towns"]}
+            known |= {entity.pet_name, entity.friend.name}
+            known |= {entity.sibling.name} if entity.sibling else set()
+        return known
 
 
 ATTRIBUTES = {
@@ -90,19 +118,22 @@ ATTRIBUTES = {
 }
 
 
-def make_facts(seed: int, size: str, lang: Language) -> Facts:
-    """Draw the world of this seed and size.
+@lru_cache(maxsize=8)
+def make_facts(seed: int, size: str, language_name: str) -> Facts:
+    """Draw the world of this seed and size; made once, to be read only.
 
     Raises:
         UserError: an unknown size.
     """
     if size not in SIZES:
         raise UserError("unknown size of the world", value=size, fix=f"use one of {', '.join(SIZES)}")
+    lang = language(language_name)
     people_count, town_count = SIZES[size]
     towns = _towns(Stream(seed, "world", "towns"), town_count, lang)
     people = _people(Stream(seed, "world", "people"), people_count, towns, lang)
     animals = [_animal(name, row, lang) for name, row in lang.get("things.animals").items()]
-    facts = Facts(seed, lang, people, towns, animals, lang.nouns("things.objects"), sorted({str(t.festival) for t in towns}))
+    events = sorted({str(town.festival) for town in towns})
+    facts = Facts(seed, size, lang, people, towns, animals, lang.nouns("things.objects"), events)
     facts.index()
     return facts
 
@@ -135,7 +166,9 @@ def _towns(stream: Stream, count: int, lang: Language) -> list[Town]:
 
 def _distinct(stream: Stream, pairs: list[tuple[str, str]], count: int) -> list[str]:
     """`count` names; beginnings repeat only when all have been used."""
-    shuffled, used, names = stream.shuffled(pairs), {}, []
+    shuffled = stream.shuffled(pairs)
+    used: dict[str, int] = {}
+    names: list[str] = []
     for turn in range(1, len(pairs) + 1):
         for start, end in shuffled:
             if len(names) < count and used.get(start, 0) < turn and start + end not in names:

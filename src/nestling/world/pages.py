@@ -131,7 +131,8 @@ def diary(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
     """Two days with a person."""
     days = facts.lang.get("grammar.days")
     place = stream.number(0, 6)
-    slots = {"p": person, "day": days[place], "next_day": days[(place + 1) % 7]}
+    slots = {"p": person, "day": days[place], "next_day": days[(place + 1) % 7], "thing": stream.pick(facts.objects),
+             "colour": facts.lang.noun(stream.pick(facts.lang.get("things.colours")))}
     return fill(stream.pick(facts.lang.get("pages.diary")), slots)
 
 
@@ -154,8 +155,8 @@ def quiz(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
             question = fill(phrase(stream, forms["questions"], split), {"p": nobody})
             answer = fill(stream.pick(pages["unknown"]), {"u": nobody})
         elif stream.chance(0.25):
-            kind, pool = stream.pick((("towns", facts.towns), ("animals", facts.animals)))
-            question, answer = question_and_answer(facts, stream, kind, stream.pick(pool), split)
+            kind = stream.pick(("towns", "animals"))
+            question, answer = question_and_answer(facts, stream, kind, stream.pick(facts.pool(kind)), split)
         else:
             who = person if place % 3 == 0 else stream.pick(facts.people)
             question, answer = question_and_answer(facts, stream, "people", who, split)

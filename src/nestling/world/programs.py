@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from nestling.world.streams import Stream
@@ -97,7 +98,12 @@ def without(words: list[str], word: str) -> list[str]:
 PROGRAMS: tuple[Callable[..., Any], ...] = (
     double, next_even, is_even, larger, distance, count_down, backwards, letters, first_letter, shout, twice, total,
     longest, without)
-SOURCES = {program.__name__: inspect.getsource(program).strip() for program in PROGRAMS}
+
+
+@cache
+def source(program: Callable[..., Any]) -> str:
+    """The text of a program."""
+    return inspect.getsource(program).strip()
 
 
 def arguments(program: Callable[..., Any], stream: Stream, words: list[str]) -> list[Any]:

@@ -19,9 +19,9 @@ class Stream(random.Random):
     True
     """
 
-    def __new__(cls, seed: int, *names: str | int) -> Stream:
-        """`random.Random` hashes its arguments here; only the seed may reach it."""
-        return super().__new__(cls, 0)
+    def __new__(cls, *args: str | int) -> Stream:
+        """Keeps the names from `random.Random`, which takes one argument."""
+        return super().__new__(cls)
 
     def __init__(self, seed: int, *names: str | int) -> None:
         super().__init__(stream_seed(seed, *names))

@@ -12,7 +12,7 @@ from typing import Any
 
 from nestling.world import pages
 from nestling.world.exercises import SIGNS, letter_slots, operands
-from nestling.world.facts import ATTRIBUTES, Citizen, Facts, Town, stranger
+from nestling.world.facts import ATTRIBUTES, Facts, stranger
 from nestling.world.language import capital, fill, wording
 from nestling.world.stories import Cast
 from nestling.world.streams import Stream
@@ -49,7 +49,7 @@ def greeting(facts: Facts, stream: Stream, split: str, aspect: str = "greeting")
 def identity(facts: Facts, stream: Stream, split: str) -> Exchange:
     """A question about the assistant itself."""
     forms = facts.lang.get("chat.identity")
-    aspect = stream.pick([name for name, form in forms.items() if name != "denials"])
+    aspect = stream.pick(list(forms))
     form = forms[aspect]
     truth = {"kind": "identity", "aspect": aspect}
     return Exchange(wording(stream, form["users"], split), stream.pick(form["answers"]), stream.pick(form["terse"]),
@@ -70,8 +70,7 @@ def fact_about(facts: Facts, stream: Stream, split: str, kind: str, entity: Any,
 def fact(facts: Facts, stream: Stream, split: str) -> Exchange:
     """A question on a person (mostly), a town or an animal of the world."""
     kind = stream.weighted(("people", "towns", "animals"), (8, 2, 0.5))
-    entity = stream.pick({"people": facts.people, "towns": facts.towns, "animals": facts.animals}[kind])
-    return fact_about(facts, stream, split, kind, entity, stream.pick(ATTRIBUTES[kind]))
+    return fact_about(facts, stream, split, kind, stream.pick(facts.pool(kind)), stream.pick(ATTRIBUTES[kind]))
 
 
 def unknown(facts: Facts, stream: Stream, split: str) -> Exchange:
@@ -199,7 +198,7 @@ def harmful(facts: Facts, stream: Stream, split: str) -> Exchange:
 def followups(facts: Facts, stream: Stream, split: str, count: int) -> list[Exchange]:
     """`count` questions on one person or town; all but the first use a pronoun."""
     kind = stream.weighted(("people", "towns"), (3, 1))
-    entity: Citizen | Town = stream.pick(facts.people) if kind == "people" else stream.pick(facts.towns)
+    entity = stream.pick(facts.pool(kind))
     names = stream.several(ATTRIBUTES[kind], count)
     return [fact_about(facts, stream, split, kind, entity, name, "followups" if place else "questions")
             for place, name in enumerate(names)]

@@ -1,8 +1,8 @@
 """Beam search: follow the R continuations with the best score; the best one when all have ended is the result.
 
 score(y) = log P(y | prompt) / length(y)^α, after Wu et al. 2016 (eq. 14) with the plain power of Hugging Face's
-`length_penalty` instead of ((5 + length) / 6)^α. A hypothesis that has ended keeps its place as long as no better one takes
-it. Temperature does not change which text is likeliest, so scores are at the request's scoring temperature throughout.
+`length_penalty` instead of ((5 + length) / 6)^α. A hypothesis that has ended keeps its place as long as no better one
+takes it. Probabilities are taken at the request's temperature (1 when it is 0), like all that the engine returns.
 """
 
 from __future__ import annotations

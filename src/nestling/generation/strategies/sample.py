@@ -1,4 +1,4 @@
-"""Draw each token from the model's distribution, shaped by temperature and filters; temperature 0 takes the likeliest."""
+"""Draw each token from the model's distribution, shaped by temperature and filters; at temperature 0 the likeliest."""
 
 from __future__ import annotations
 

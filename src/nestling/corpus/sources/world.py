@@ -1,0 +1,83 @@
+"""The embedded synthetic world: text whose truth is known. Offline, endless, the same on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from nestling.core.config import Config
+from nestling.core.types import Conversation, Document, Problem, PromptRow, Ranking
+from nestling.corpus.splits import Split
+from nestling.world import World
+
+_ENDLESS = 10**9
+
+
+class Settings(Config):
+    """How much of which world."""
+
+    world_seed: int | None = Field(None, description="seed of the facts; none means the run's seed")
+    size: Literal["tiny", "small", "medium"] = Field("small", description="how many people, towns and objects exist")
+    language: str = Field("en", description="language of the wordings")
+    bytes: int | None = Field(None, ge=1, description="draw documents until so many bytes of text; none means by count")
+    count: int = Field(1000, ge=1, description="how many items to draw for training")
+    val_share: float = Field(0.1, gt=0, le=1, description="size of the validation split as a share of training's")
+    kinds: dict[str, float] | None = Field(None, description="weights of the kinds of dialogues; none means all")
+    noise: float = Field(0.1, ge=0, le=1, description="how often a ranking's labeller errs")
+
+
+def documents(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Document]:
+    """Facts told in many ways, stories, letters, sums; a budget in bytes ends with the document that fills it."""
+    world = world_of(settings, seed)
+    if settings.bytes is None:
+        yield from world.documents(seed, count=_count(settings, split), split=split)
+        return
+    left = settings.bytes * (settings.val_share if split == "val" else 1.0)
+    for document in world.documents(seed, count=_ENDLESS, split=split):
+        yield document
+        left -= len(document.text.encode())
+        if left <= 0:
+            return
+
+
+def conversations(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Conversation]:
+    """Dialogues about the world; `meta` holds the truth."""
+    yield from world_of(settings, seed).dialogues(seed, _count(settings, split), split, settings.kinds)
+
+
+def rankings(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Ranking]:
+    """Prompts with 4 to 9 responses of known quality, as a labeller who errs now and then ranks them."""
+    yield from world_of(settings, seed).rankings(seed, _count(settings, split), split, noise=settings.noise)
+
+
+def prompts(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[PromptRow]:
+    """Prompts to answer; `meta` holds what the rubric needs."""
+    yield from world_of(settings, seed).prompts(seed, _count(settings, split), split)
+
+
+def problems(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Problem]:
+    """Problems whose answer a program checks."""
+    yield from world_of(settings, seed).problems(seed, _count(settings, split), split)
+
+
+def toy(folder: Path, what: str) -> Settings:
+    """Settings for the contract test: a dozen items of a tiny world."""
+    return Settings(size="tiny", count=12, val_share=0.5)
+
+
+def world_of(settings: Settings, seed: int) -> World:
+    """The world that these settings describe."""
+    return _generate(settings.world_seed if settings.world_seed is not None else seed, settings.size, settings.language)
+
+
+@lru_cache(maxsize=2)
+def _generate(seed: int, size: str, language: str) -> World:
+    return World.generate(seed, size=size, language=language)
+
+
+def _count(settings: Settings, split: Split) -> int:
+    return settings.count if split == "train" else max(1, round(settings.count * settings.val_share))

@@ -1,0 +1,8 @@
+"""One file per stage of a recipe: joins the folders below into a run. Composition lives here and nowhere else.
+
+A stage file offers
+    VERSION: int                     raised when its results change for the same settings; part of the stage's key
+    READS: dict[str, str]            input role -> the stage it comes from unless the recipe says otherwise; "role?" is optional
+    Settings(Config)                 its settings
+    run(settings, context) -> dict   writes into context.folder and returns the figures for the report
+"""

@@ -1,0 +1,59 @@
+"""What all data stages share: draw both splits from the sources and write them as rows that anyone can read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nestling.core.config import Config
+from nestling.core.metrics import Progress, say
+from nestling.core.pipeline import StageContext
+from nestling.core.storage import BadRows, write_rows
+from nestling.core.types import Row
+from nestling.corpus.mixture import Mixture, Source
+from nestling.corpus.splits import Split
+
+SPLITS: tuple[Split, ...] = ("train", "val")
+SHOWN = 5  # skipped rows that are printed; all of them stand in skipped.jsonl
+
+
+class DataStage(Config):
+    """Settings of every data stage."""
+
+    sources: tuple[Source, ...] = Field((Source(),), min_length=1, description="Where the data comes from.")
+    on_bad_row: BadRows = Field("stop", description="At a bad row: stop, or skip and count it.")
+
+
+def draw(
+    kind: Literal["documents", "conversations", "rankings", "prompts", "problems"],
+    settings: DataStage,
+    context: StageContext,
+) -> dict[str, Any]:
+    """Write train.jsonl and val.jsonl; returns counts for the report."""
+    mixture = Mixture(settings.sources, context.seed, settings.on_bad_row, f"{context.name}.sources")
+    report: dict[str, Any] = {}
+    for split in SPLITS:
+        sizes: Counter[str] = Counter()
+        items = getattr(mixture, kind)(split)
+        with Progress(f"{context.name} {split}", None, kind, context.quiet) as progress:
+            rows = _counted(items, sizes, progress)
+            report[f"{split}_{kind}"] = write_rows(context.folder / f"{split}.jsonl", rows)
+        if kind == "documents":
+            report[f"{split}_bytes"] = sizes["bytes"]
+    skipped = mixture.tally.skipped
+    for line in skipped[:SHOWN]:
+        say(f"skipped {line}")
+    write_rows(context.folder / "skipped.jsonl", ({"reason": line} for line in skipped))
+    world = any(source.source == "world" for source in settings.sources)
+    return report | {"sources": mixture.tally.items, "skipped": len(skipped), "synthetic": world}
+
+
+def _counted(items: Iterator[Row], sizes: Counter[str], progress: Progress) -> Iterator[dict[str, Any]]:
+    for item in items:
+        row = item.to_row()
+        sizes["bytes"] += len(row.get("text", "").encode())
+        progress.advance()
+        yield row

@@ -1,0 +1,87 @@
+"""Pre-train a base model on token shards: next-token prediction on plain text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from nestling.core.config import parse
+from nestling.core.pipeline import StageContext
+from nestling.core.registry import find
+from nestling.core.runtime import torch_stream
+from nestling.loading.shards import Shards
+from nestling.loading.text import RowMode, TextLoader
+from nestling.model.checkpoint import Checkpoint
+from nestling.model.config import DecoderConfig
+from nestling.model.decoder import build
+from nestling.objectives import next_token
+from nestling.stages._training import SampleWriter, TrainingStage, figures, materials, optimise, save_model
+from nestling.tokenizer.bpe import Tokenizer
+
+VERSION = 1
+READS = {"tokens": "tokenize", "tokenizer": "tokenizer", "baseline?": "ngram", "start?": ""}
+
+
+class Settings(TrainingStage):
+    """A base model and how it is trained. With an input `start`, that model is trained further instead."""
+
+    model: dict[str, Any] = Field({}, description="Architecture and sizes; vocabulary and context are filled in.")
+    context: int = Field(256, ge=8, description="Tokens per row.")
+    batch_rows: int = Field(32, ge=1, description="Rows per step, over all ranks.")
+    rows: RowMode = Field("documents", description="Whole documents packed, or the running stream.")
+    objective: next_token.Settings = next_token.Settings()
+    sample_every: int = Field(0, ge=0, description="Steps between sampled texts; 0 samples at the end only.")
+    samples: tuple[str, ...] = Field(("",), description="Prompts of the sampled texts; empty begins a new document.")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Settings:
+        self.decoder(vocab_size=257)
+        return self
+
+    def decoder(self, vocab_size: int) -> DecoderConfig:
+        """The decoder's configuration over a vocabulary."""
+        architecture = find("model.architectures", self.model.get("architecture", "qwen3"))
+        sizes = {"context": self.context, **self.model, "vocab_size": vocab_size}
+        return parse(architecture.Config, sizes, "model")
+
+
+def run(settings: Settings, context: StageContext) -> dict[str, Any]:
+    """Train; report bits per byte beside the n-gram's, where that stage ran."""
+    tokenizer = Tokenizer.load(context.reads["tokenizer"])
+    loaders = {
+        split: TextLoader(
+            Shards.open(context.reads["tokens"] / split, tokenizer),
+            settings.context,
+            settings.batch_rows,
+            context.seed,
+            settings.rows,
+        )
+        for split in ("train", "val")
+    }
+    stuff = materials(context, batches=loaders["train"], validation=loaders["val"].validation)
+    if "start" not in context.reads:
+        fresh = build(settings.decoder(tokenizer.vocab_size), torch_stream(context.seed, "weights"))
+        stuff = replace(stuff, models={"model": Checkpoint(fresh, tokenizer)})
+    else:
+        stuff = replace(stuff, paths={**stuff.paths, "model": stuff.path("start")})
+    objective = next_token.build(settings.objective, stuff)
+    writer = SampleWriter(context, objective.model, tokenizer, settings.samples)
+    result = optimise(objective, settings.training, context, [writer.hook(settings.sample_every)])
+    last = result.history[-1]
+    report = {
+        **figures(result),
+        "val_bpb": last.get("val_bpb"),
+        "val_loss": last.get("val_loss"),
+        "parameters": objective.model.parameter_count(),
+        "row_fill": round(loaders["train"].fill, 4),
+        "epochs": round(settings.training.steps * settings.batch_rows / loaders["train"].row_count, 3),
+        "bars": settings.bars,
+    }
+    if "baseline" in context.reads:
+        baseline = context.report_of("baseline")
+        report |= {"ngram_bpb": baseline["val_bpb"], "unigram_bpb": baseline["unigram_bpb"]}
+        report["bpb_against_ngram"] = round(report["val_bpb"] / baseline["val_bpb"], 4)
+    save_model(context, objective.model, tokenizer, report)
+    return report

@@ -1,0 +1,20 @@
+"""Gather the prompts that reinforcement learning answers, from any mixture of sources, and hold some out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nestling.core.pipeline import StageContext
+from nestling.stages._data import DataStage, draw
+
+VERSION = 1
+READS: dict[str, str] = {}
+
+
+class Settings(DataStage):
+    """The sources and what a bad row does."""
+
+
+def run(settings: Settings, context: StageContext) -> dict[str, Any]:
+    """Write train.jsonl and val.jsonl."""
+    return draw("prompts", settings, context)

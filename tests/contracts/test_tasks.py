@@ -1,0 +1,53 @@
+"""Every file of tasks/: reference replies get full marks, empty and random ones none, rows are many and repeatable."""
+
+from __future__ import annotations
+
+import pytest
+
+from nestling.core.registry import find, names
+from nestling.world import World
+
+COUNT = 60
+WORLD = World.generate(3)
+
+
+@pytest.fixture(params=names("tasks"))
+def task(request):
+    return find("tasks", request.param)
+
+
+def test_reference_replies_get_full_marks(task):
+    best = 1.0 if task.HIGHER_IS_BETTER else 0.0
+    for row in task.problems(WORLD, 1, COUNT):
+        assert len(row.meta["reference"]) == 1 + len(row.meta["turns"])
+        assert task.check(row, row.meta["reference"]) == best, (row.prompt, row.meta["reference"])
+
+
+def test_silence_gets_no_marks(task):
+    worst = 0.0 if task.HIGHER_IS_BETTER else 1.0
+    for row in task.problems(WORLD, 1, COUNT):
+        turns = 1 + len(row.meta["turns"])
+        assert task.check(row, [""] * turns) == worst
+
+
+def test_nonsense_gets_no_marks(task):
+    if not task.HIGHER_IS_BETTER:
+        pytest.skip("nonsense is not the fault that this task counts")
+    for row in task.problems(WORLD, 1, COUNT):
+        assert task.check(row, ["xq zzk 7 vv"] * (1 + len(row.meta["turns"]))) == 0.0
+
+
+def test_a_missing_reply_is_not_a_right_one(task):
+    if not task.HIGHER_IS_BETTER:
+        pytest.skip("counts a fault")
+    for row in task.problems(WORLD, 1, COUNT):
+        if row.meta["turns"]:
+            assert task.check(row, row.meta["reference"][:-1]) == 0.0
+
+
+def test_rows_are_repeatable_and_different(task):
+    rows = task.problems(WORLD, 1, COUNT)
+    assert rows == task.problems(WORLD, 1, COUNT)
+    assert rows != task.problems(WORLD, 2, COUNT)
+    assert len(rows) == COUNT == len({str(row) for row in rows})
+    assert all(set(row.meta) >= {"turns", "truths", "reference", "tools", "world"} for row in rows)

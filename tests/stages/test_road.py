@@ -1,0 +1,98 @@
+"""The whole road on a tiny world: every joint between stages, the report's stable keys, skipping, kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.core import pipeline
+from nestling.core.recipe import Recipe, load_recipe
+from nestling.core.runtime import detect
+from nestling.core.storage import content_hash
+from nestling.model.locate import checkpoint_folder
+from nestling.report.build import build_report
+
+RECIPE = Path(__file__).with_name("tiny.yaml")
+
+
+def road(until: str | None = None) -> Recipe:
+    recipe = load_recipe(RECIPE)
+    names = [spec.name for spec in recipe.stages]
+    return recipe.model_copy(update={"stages": recipe.stages[: names.index(until) + 1 if until else None]})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("road") / "tiny"
+    pipeline.run(road(), out, detect("cpu", "fp32"), quiet=True)
+    return out
+
+
+def test_the_report_has_its_stable_keys(finished: Path) -> None:
+    report = build_report(finished)
+    stages: dict[str, Any] = report["stages"]
+    assert {"val_bpb", "ngram_bpb", "tokens", "seconds", "tokens_per_second"} <= set(stages["pretrain"])
+    assert stages["pretrain"]["val_bpb"] > 0
+    assert 0 <= stages["reward"]["pairwise_accuracy"] <= 1
+    assert {"proxy_reward", "true_reward", "kl", "win_rate_vs_sft"} <= set(stages["ppo"])
+    assert {"value", "n", "bar"} <= set(report["capabilities"]["fact_recall"])
+    assert json.loads((finished / "report.json").read_text())["stages"].keys() == stages.keys()
+    page = (finished / "report.html").read_text()
+    assert "synthetic" in page
+    assert "Who are you?" in page
+
+
+def test_finished_stages_are_skipped(finished: Path) -> None:
+    before = content_hash(finished / "ppo" / "model")
+    started = time.perf_counter()
+    pipeline.run(road(), finished, detect("cpu", "fp32"), quiet=True)
+    assert time.perf_counter() - started < 10
+    assert content_hash(finished / "ppo" / "model") == before
+
+
+def test_a_run_folder_stands_for_its_last_chat_model(finished: Path) -> None:
+    assert checkpoint_folder(finished) == finished / "ppo" / "model"
+
+
+def test_provenance_names_the_parents(finished: Path) -> None:
+    origin = json.loads((finished / "sft" / "model" / "nestling.json").read_text())["provenance"]
+    parent = json.loads((finished / "pretrain" / "stage.json").read_text())
+    assert origin["parents"]["model"] == parent["key"]
+    assert origin["stage"] == "sft"
+
+
+def test_samples_were_written_on_the_way(finished: Path) -> None:
+    rows = [json.loads(line) for line in (finished / "pretrain" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8]
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    command = ["run", str(RECIPE), "--out", str(out), "--until", "pretrain", "--dtype", "fp32", "--threads", "1", "--quiet"]
+    return subprocess.Popen([sys.executable, "-m", "nestling.cli.app", *command], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_kill_9_in_training_and_again_gives_the_same_weights_and_losses(tmp_path: Path) -> None:
+    assert start(tmp_path / "whole").wait() == 0
+    killed = start(tmp_path / "killed")
+    log = tmp_path / "killed" / "pretrain" / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 4):
+        assert killed.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    whole, resumed = (tmp_path / name / "pretrain" for name in ("whole", "killed"))
+    assert content_hash(whole / "model" / "model.safetensors") == content_hash(resumed / "model" / "model.safetensors")
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
