@@ -112,6 +112,18 @@ def test_an_input_may_be_a_path_and_a_missing_one_is_named(tmp_path: Path, calls
         pipeline.plan(build_recipe({"name": "t", "stages": stages}), tmp_path)
 
 
+def test_a_changed_file_from_outside_is_noticed(tmp_path: Path, calls: list[str]) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("one")
+    sys.modules["toy.count"].__dict__["files"] = lambda settings, seed: [text]
+    go(tmp_path / "out")
+    go(tmp_path / "out")
+    assert calls == ["count", "double"]
+    text.write_text("other")
+    go(tmp_path / "out")
+    assert calls == ["count", "double"] * 2
+
+
 def test_overrides_reach_stages_and_the_recipe(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("stages:\n  count: {stage: toy.count, deep: {a: 1}}\n  double:\n")

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from nestling.core import storage
 from nestling.core.errors import UserError
@@ -62,9 +64,10 @@ def test_a_ranking_with_one_response_is_refused(tmp_path: Path) -> None:
         list(storage.read_rows(tmp_path / "r.jsonl", Ranking.from_row))
 
 
-def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress((GOOD * 4000).encode())[:-20])
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])
+def test_a_truncated_archive_is_named(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"rows.jsonl.{ending}"
+    path.write_bytes(compress("".join(f"{n} {GOOD}" for n in range(9000)).encode())[:-20])
     with pytest.raises(UserError, match="cut off or damaged"):
         list(storage.read_lines(path))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from nestling.core import registry
@@ -145,22 +145,19 @@ def test_a_block_class_of_ones_own() -> None:
     assert model(ids(2, 8)).shape == (2, 8, 50)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks at it
 def test_compiled_blocks_give_the_same_and_compile_once() -> None:
-    """One graph serves all layers and all steps, without breaks."""
+    """One graph serves all layers, steps and documents, without breaks."""
     torch._dynamo.reset()
     model = build(make_config({**TINY, "n_layers": 3}))
     text, segments = ids(2, 16), torch.arange(16).expand(2, 16) // 8
-    want = torch.autograd.grad(model(text, segments=segments).square().mean(), model.blocks[1].attention.query.weight)
-    compiled = CompileCounter()
-    for block in model.blocks:
-        block.compile(backend=compiled, fullgraph=True, dynamic=False)
+    weight = model.blocks[1].get_parameter("attention.query.weight")
+    want = torch.autograd.grad(model(text, segments=segments).square().mean(), weight)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(counter)
     for step in range(3):
-        other = (text + step) % 50
-        model(other, segments=segments + step).sum().backward()
-    assert compiled.frame_count == 1
+        got = torch.autograd.grad(model((text + step) % 50, segments=segments + step).square().mean(), weight)
+        if step == 0:
+            torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-7)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
-    model.compile_blocks()
-    got = torch.autograd.grad(model(text, segments=segments).square().mean(), model.blocks[1].attention.query.weight)
-    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-7)

@@ -94,7 +94,7 @@ def test_validation_scores_do_not_depend_on_the_batch() -> None:
     toy = reward.toy(1)
     torch.nn.init.normal_(toy.model.head.score.weight, generator=torch.Generator().manual_seed(0))
     whole = toy.validate()
-    toy.settings = reward.Settings(prompts=6, score_tokens=1)  # a row at a time
+    toy.settings = reward.Settings(score_tokens=1)  # a row at a time
     assert toy.validate() == pytest.approx(whole, abs=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_it_trains_from_materials(tmp_path: Path, dtype: str) -> None:
     found = Checkpoint(toy.model.decoder, toy.rankings._tokenizer)
     runtime = detect("cpu", dtype)
     given = {"rankings": toy.rankings, "held_out": toy.held_out}
-    objective = reward.build(reward.Settings(prompts=6), Materials(runtime, 1, tmp_path, models={"model": found}, given=given))
+    objective = reward.build(reward.Settings(), Materials(runtime, 1, tmp_path, models={"model": found}, given=given))
     settings = TrainSettings(steps=15, optimizer="adamw", learning_rate=0.01, schedule="constant", compile="off")
     train(objective, settings, folder=tmp_path, runtime=runtime, seed=1, quiet=True)
     assert objective.validate()["val_pairwise_accuracy"] > 0.8

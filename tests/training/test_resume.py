@@ -63,27 +63,26 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from test_resume import learn
-learn(Path({folder!r}), "bf16", steps=250)
+learn(Path({folder!r}), "bf16", steps=120)
 """
 
 
 def test_kill_nine_anywhere(tmp_path: Path) -> None:
-    """A child is killed three times at random moments, then allowed to finish."""
-    torch.set_num_threads(1)
-    whole, _ = learn(tmp_path / "whole", "bf16", steps=250)
+    """A child is killed twice at random moments; who goes on from there ends as if nothing had been."""
+    whole, _ = learn(tmp_path / "whole", "bf16", steps=120)
     folder = tmp_path / "killed"
     code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder))
-    kills = 0
-    while kills < 3:
+    killed = 0
+    for _ in range(2):
+        before = resume.saved(folder / "resume")[:1]
         child = subprocess.Popen([sys.executable, "-c", code])
-        while child.poll() is None and not resume.saved(folder / "resume"):
-            time.sleep(0.01)
-        time.sleep(random.random() * 0.5)
-        if child.poll() is None:
-            child.kill()
-        child.wait()
-        kills += 1
-    again, _ = learn(folder, "bf16", steps=250)
+        while child.poll() is None and resume.saved(folder / "resume")[:1] == before:
+            time.sleep(0.005)  # until it has trained and saved
+        time.sleep(random.random() * 0.2)
+        child.kill()
+        killed += child.wait() == -signal.SIGKILL
+    assert killed >= 1, "the child was too fast to be killed in its work"
+    again, _ = learn(folder, "bf16", steps=120)
     assert again == whole
 
 

@@ -1,6 +1,7 @@
 """Run a recipe: each stage reads folders, writes one folder, and is marked complete atomically.
 
-A stage's key is a hash of its resolved settings, its inputs' keys, the seed and the stage's own version number. A stage
+A stage's key is a hash of its resolved settings, its inputs' keys (for files of the user's, size and time), the seed and
+the stage's own version number. A stage
 whose folder already carries that key is skipped; one that was interrupted under the same key resumes; a folder of
 another key steps aside into `.previous/` and comes back if its settings do.
 """
@@ -87,9 +88,17 @@ def _plan_stage(spec: StageSpec, seed: int, out: Path, earlier: Mapping[str, Pla
     for role, source in _sources(spec, module, earlier).items():
         folders[role] = out / source if source in earlier else Path(source)
         keys[role] = earlier[source].key if source in earlier else content_hash(Path(source))
+    files = getattr(module, "files", None)  # only stages that read files from outside the run have one
+    keys |= {str(path): _stamp(path) for path in files(settings, seed)} if files else {}
     body = [spec.stage, module.VERSION, settings.model_dump(mode="json"), keys, seed]
     key = hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=12).hexdigest()
     return Plan(spec, module, settings, folders, key)
+
+
+def _stamp(path: Path) -> str:
+    """Tells a changed file at once, however large it is: its size and the time it was last written."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _sources(spec: StageSpec, module: ModuleType, earlier: Mapping[str, Plan]) -> dict[str, str]:

@@ -126,10 +126,52 @@ def open_text(path: Path) -> TextIO:
         if path.suffix == ".gz":
             return gzip.open(path, "rt", encoding="utf-8", newline="\n")
         if path.suffix == ".zst":
-            return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8", newline="\n")
+            return io.TextIOWrapper(io.BufferedReader(_ZstdStream(path)), encoding="utf-8", newline="\n")
         return path.open(encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"can't be read: {error.strerror}", where=path) from None
+
+
+def zstd_blocks(path: Path) -> Iterator[bytes]:
+    """All frames of a Zstandard file, piece by piece; the library's own reader would take a cut-off frame for the end.
+
+    Raises:
+        EOFError: the last frame has no end.
+        zstandard.ZstdError: the data is damaged.
+    """
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    inside = False
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            while data:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                inside, data = not frame.eof, frame.unused_data if frame.eof else b""
+    if inside:
+        raise EOFError("the last frame has no end")
+
+
+class _ZstdStream(io.RawIOBase):
+    """`zstd_blocks` as a file for reading."""
+
+    def __init__(self, path: Path) -> None:
+        path.open("rb").close()  # a missing file is an error now, not at the first read
+        self._blocks, self._rest = zstd_blocks(path), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = block
+        taken = self._rest[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._rest = self._rest[len(taken) :]
+        return len(taken)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -56,6 +57,19 @@ class Mixture:
     on_bad_row: BadRows = "stop"
     where: str = "sources"
     tally: Tally = field(default_factory=Tally)
+
+    def files(self) -> list[Path]:
+        """The files that the sources read.
+
+        Raises:
+            UserError: one is missing.
+        """
+        found: list[Path] = []
+        for place, source in enumerate(self.sources):
+            module = registry.find("corpus.sources", source.source)
+            settings = self._settings(module, source, place)
+            found += module.files(settings) if hasattr(module, "files") else []
+        return found
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Texts to pre-train on. Items taken again keep their id."""

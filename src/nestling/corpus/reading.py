@@ -11,11 +11,14 @@ from typing import Any
 import zstandard
 
 from nestling.core.errors import UserError
+from nestling.core.runtime import data_root
+from nestling.core.storage import zstd_blocks
 
 ROWS = (".jsonl", ".ndjson")
 TABLES = (".parquet",)
 TEXTS = (".txt", ".md", ".text")
 PACKED = (".gz", ".zst")
+DATA = "$NESTLING_DATA"
 
 
 def kind_of(path: Path) -> str:
@@ -31,11 +34,13 @@ def kind_of(path: Path) -> str:
 def list_files(paths: tuple[str, ...]) -> list[Path]:
     """The files that paths stand for; of a folder, those of a known kind below it, sorted. Hidden files don't count.
 
+    A path that begins with $NESTLING_DATA lies in the folder of optional real data (`core.runtime.data_root`).
+
     Raises:
         UserError: a path that does not exist, or a folder with nothing readable in it.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(_expanded, paths):
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
             known = [file for file in inside if kind_of(file)]
@@ -46,8 +51,13 @@ def list_files(paths: tuple[str, ...]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            raise UserError("no such file or folder", where=path)
+            fix = "set NESTLING_DATA to the folder that holds it, or pass --text" if DATA in paths[0] else None
+            raise UserError("no such file or folder", where=path, fix=fix)
     return found
+
+
+def _expanded(path: str) -> Path:
+    return Path(path.replace(DATA, str(data_root()), 1))
 
 
 def _hidden(file: Path, root: Path) -> bool:
@@ -80,45 +90,12 @@ def _bytes(path: Path) -> bytes:
         if path.suffix == ".gz":
             return gzip.decompress(path.read_bytes())
         if path.suffix == ".zst":
-            return _unzstd(path)
+            return b"".join(zstd_blocks(path))
         return path.read_bytes()
     except OSError as error:  # gzip's BadGzipFile is one of these, without a strerror
         raise UserError(f"can't be read: {error.strerror or error}", where=path) from None
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"archive is cut off or damaged: {error}", where=path, fix="fetch the file again") from None
-
-
-def _unzstd(path: Path) -> bytes:
-    return b"".join(_zstd_blocks(path))
-
-
-def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    """All frames of a Zstandard file, piece by piece; its stream reader would take a cut-off frame for the end."""
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    inside = False
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            while data:
-                if frame.eof:
-                    frame = zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
-                inside, data = not frame.eof, frame.unused_data if frame.eof else b""
-    if inside:
-        raise EOFError("the last frame has no end")
-
-
-def check_whole(path: Path) -> None:
-    """Make sure that a Zstandard file is not cut off, which reading it row by row would not notice.
-
-    Raises:
-        UserError: the archive is cut off or damaged.
-    """
-    if path.suffix == ".zst":
-        try:
-            for _ in _zstd_blocks(path):
-                pass
-        except (OSError, EOFError, zstandard.ZstdError) as error:
-            raise UserError(f"archive is cut off or damaged: {error}", where=path, fix="fetch the file again") from None
 
 
 def read_table(path: Path) -> Iterator[Mapping[str, Any]]:

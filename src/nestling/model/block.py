@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from nestling.model.attention import Attention, Scene
@@ -11,10 +13,10 @@ from nestling.model.feed_forward import make_feed_forward
 from nestling.model.norms import make_norm
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """The parts of a layer; a leaf class says in `forward` how they are joined.
 
-    The parts' names are the checkpoint's names, and `residual_outputs` are the matrices that write to the stream.
+    The parts' names are the checkpoint's names; the matrices called `output` and `down` write to the residual stream.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -25,9 +27,9 @@ class Block(nn.Module):
         self.feed_forward = make_feed_forward(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
+    @abstractmethod
     def forward(self, x: Tensor, scene: Scene, memory: LayerMemory | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]"""
-        raise NotImplementedError
+        """[B, T, D] -> [B, T, D]. `scene` is what all layers share; `memory` this layer's part of the cache."""
 
 
 class PreNormBlock(Block):

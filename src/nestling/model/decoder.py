@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,10 +110,10 @@ class Decoder(nn.Module):
         """Number of weights, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile one block and reuse it for all layers (regional compilation); calls with a cache stay eager."""
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def resize_vocabulary(self, size: int, generator: torch.Generator | None = None) -> None:
         """Grow (or cut) the vocabulary to `size`; old ids keep their logits, new ones start near the old ones' mean."""

@@ -8,6 +8,7 @@ are few enough to stay in the processor's cache, and the log-sum-exp is in float
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -23,11 +24,20 @@ CHUNK_LOGITS = 1 << 20
 class Batch(Protocol):
     """What the loss reads of a batch: ids, targets [B, T] long, weights [B, T] float, positions and segments [B, T]."""
 
-    ids: Tensor
-    targets: Tensor
-    weights: Tensor
-    positions: Tensor
-    segments: Tensor
+    @property
+    def ids(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+    @property
+    def weights(self) -> Tensor: ...
+
+    @property
+    def positions(self) -> Tensor: ...
+
+    @property
+    def segments(self) -> Tensor: ...
 
 
 def next_token_loss_sum(model: Decoder, batch: Batch, *, chunk: int | None = None) -> Tensor:
@@ -97,8 +107,7 @@ class _Logprobs(torch.autograd.Function):
         size = _chunk_size(weight, chunk)
         out = torch.empty(targets.shape, device=hidden.device)
         normaliser = torch.empty_like(out)
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
+        for part in _parts(len(hidden), size):
             scaled = _logits(hidden[part], weight, temperature)
             normaliser[part] = scaled.logsumexp(-1)
             out[part] = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser[part]
@@ -109,14 +118,13 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
-        scale = gradients[0] / ctx.temperature  # d log p / d z = (onehot - p) / τ
-        to_hidden, to_weight = _empty_gradients(hidden, weight)
-        for start in range(0, len(hidden), ctx.size):
-            part = slice(start, start + ctx.size)
+        scale = gradients[0] / -ctx.temperature  # d -log p / d z = (p - onehot) / τ
+        total = _Gradients(hidden, weight)
+        for part in _parts(len(hidden), ctx.size):
             scaled = _logits(hidden[part], weight, ctx.temperature)
             p = scaled.sub_(normaliser[part].unsqueeze(1)).exp_()
-            _add_gradients(hidden, weight, p, targets, -scale, part, to_hidden, to_weight)
-        return to_hidden, to_weight.to(weight.dtype), None, None, None
+            total.add(part, p, targets[part], scale[part])
+        return total.hidden, total.weight.to(weight.dtype), None, None, None
 
 
 class _LossSum(torch.autograd.Function):
@@ -127,28 +135,49 @@ class _LossSum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None
     ) -> Tensor:
-        size = _chunk_size(weight, chunk)
         loss = torch.zeros((), device=hidden.device)
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        to_hidden, to_weight = _empty_gradients(hidden, weight) if needs_gradient else (hidden, weight)
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
+        total = _Gradients(hidden, weight) if any(ctx.needs_input_grad[:2]) else None
+        for part in _parts(len(hidden), _chunk_size(weight, chunk)):
             scaled = _logits(hidden[part], weight, 1.0)
             normaliser = scaled.logsumexp(-1)
             found = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser
             loss -= (found * weights[part]).sum()
-            if needs_gradient:
+            if total is not None:
                 p = scaled.sub_(normaliser.unsqueeze(1)).exp_()
-                _add_gradients(hidden, weight, p, targets, weights, part, to_hidden, to_weight)
-        ctx.save_for_backward(to_hidden, to_weight)
-        ctx.dtype = weight.dtype
+                total.add(part, p, targets[part], weights[part])
+        if total is not None:
+            ctx.save_for_backward(total.hidden, total.weight)
+            ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, to_weight = ctx.saved_tensors
         factor = gradients[0]
-        return (to_hidden.float() * factor).to(to_hidden.dtype), (to_weight * factor).to(ctx.dtype), None, None, None
+        return to_hidden * factor.to(to_hidden.dtype), (to_weight * factor).to(ctx.dtype), None, None, None
+
+
+class _Gradients:
+    """Gradients of the output layer, filled chunk by chunk: for `hidden` [N, D] in its own dtype, for the weight [V, D]
+    in float32, since all chunks add to it."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        self.inputs = hidden, weight
+        self.hidden = torch.empty_like(hidden)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+
+    def add(self, part: slice, p: Tensor, targets: Tensor, scale: Tensor) -> None:
+        """One chunk of Σ scale · -log p(target): dz = scale · (p - onehot). `p` [n, V] is used up."""
+        hidden, weight = self.inputs
+        with torch.autocast(hidden.device.type, enabled=False):
+            p.scatter_add_(1, targets.unsqueeze(1), torch.full_like(p[:, :1], -1.0))
+            dz = p.mul_(scale.unsqueeze(1)).to(hidden.dtype)
+            self.hidden[part] = dz @ weight
+            self.weight += dz.T @ hidden[part]
+
+
+def _parts(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
@@ -156,29 +185,6 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden, weight).float()
     return logits if temperature == 1.0 else logits / temperature
-
-
-def _empty_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """For hidden in its own dtype; for the weight in float32, since all chunks add to it."""
-    return torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-
-
-def _add_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    p: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    part: slice,
-    to_hidden: Tensor,
-    to_weight: Tensor,
-) -> None:
-    """One chunk's gradient of Σ scale · -log p(target): dz = scale · (p - onehot). `p` is used up."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        p.scatter_add_(1, targets[part].unsqueeze(1), torch.full_like(p[:, :1], -1.0))
-        dz = p.mul_(scale[part].unsqueeze(1)).to(hidden.dtype)
-        to_hidden[part] = dz @ weight
-        to_weight += dz.T @ hidden[part]
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -24,7 +24,13 @@ def byte_tokenizer() -> Tokenizer:
 def small_decoder(tokenizer: Tokenizer, seed: int, context: int = 64) -> Decoder:
     """A Llama of two narrow layers."""
     config = DecoderConfig(
-        architecture="llama", vocab_size=tokenizer.vocab_size, context=context, d_model=16, n_layers=2, n_heads=2, init="gpt2"
+        architecture="llama",
+        vocab_size=tokenizer.vocab_size,
+        context=context,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        init="gpt2",
     )
     return build(config, torch_stream(seed, "toy decoder"))
 

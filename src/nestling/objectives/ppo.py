@@ -24,19 +24,21 @@ from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.ranks import sum_over_ranks
 from nestling.core.runtime import stream_seed, torch_stream
-from nestling.core.types import PromptRow
+from nestling.core.types import Message, PromptRow
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.loading.batches import TokenBatch
 from nestling.loading.prompts import PromptLoader
+from nestling.model.decoder import Decoder
 from nestling.model.heads import ScalarHead, Scored
 from nestling.model.likelihood import next_token_loss_sum, token_logprobs
 from nestling.objectives import _returns, _toys
-from nestling.objectives._cast import Cast, Shifted, Verdicts, action_targets, score
+from nestling.objectives._cast import Cast, Scorer, Shifted, Verdicts, action_targets, score
 from nestling.objectives._episodes import collect
 from nestling.objectives._scoring import by_length
 from nestling.objectives._share import own_share
 from nestling.objectives.materials import Materials
+from nestling.tokenizer.conversation import render, reply_ids
 from nestling.tokenizer.special import TURN_END
 from nestling.training.contract import Objective, Term, Update
 
@@ -142,6 +144,11 @@ class PPO(Objective):
         self._kl, self._held_out_kl = 0.0, 0.0
         self._metrics: dict[str, float] = {}
         self._tally: dict[str, float] = {}
+
+    @property
+    def policy(self) -> Decoder:
+        """What acts and learns."""
+        return self.cast.policy
 
     def trainable(self) -> dict[str, nn.Module]:
         """Policy and value model."""
@@ -253,6 +260,18 @@ class PPO(Objective):
         if budget is None or kl <= budget:
             return None
         return f"the policy is {kl:.1f} nats per reply from the reference, beyond the budget of {budget:g}"
+
+    def proxy_scorer(self) -> Scorer:
+        """The reward model as a scorer of (row, text), read as `validate` reads it; a text too long is cut."""
+
+        def scorer(row: PromptRow, text: str) -> float:
+            reply = reply_ids(self.cast.tokenizer, Message(role="assistant", content=text))
+            prompt = render(self.cast.tokenizer, row.prompt, row.meta.get("tools", ()), prompt=True).ids
+            whole = [*(prompt + reply[:-1])[: self.cast.policy.config.context - 1], self.end]
+            with torch.no_grad():
+                return float(self.cast.reward(torch.tensor([whole], device=self.cast.device))[0, -1])
+
+        return scorer
 
     def restore_best(self) -> dict[str, float]:
         """Put the best policy so far in place and return its held-out figures (empty when nothing was validated)."""

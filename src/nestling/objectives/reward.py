@@ -38,8 +38,6 @@ IMPROVES = ("val_pair_loss", "down")
 class Settings(Config):
     """Settings of the reward model."""
 
-    prompts: int = Field(16, gt=0)
-    """Prompts per step, each with all its responses."""
     microbatches: int = Field(1, gt=0)
     """Pieces that a step is computed in; the gradient is the same."""
     score_tokens: int = Field(4096, gt=0)
@@ -243,7 +241,7 @@ def toy(seed: int, microbatches: int = 1) -> Reward:
     train, held_out = (
         RankingLoader(part, tokenizer, context, batch_prompts=6, seed=seed) for part in (rows[:30], rows[30:])
     )
-    settings = Settings(prompts=6, microbatches=microbatches)
+    settings = Settings(microbatches=microbatches)
     return Reward(settings, Scored(decoder, ScalarHead(decoder.config)), train, held_out)
 
 

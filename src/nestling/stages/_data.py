@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -25,6 +26,11 @@ class DataStage(Config):
 
     sources: tuple[Source, ...] = Field((Source(),), min_length=1, description="Where the data comes from.")
     on_bad_row: BadRows = Field("stop", description="At a bad row: stop, or skip and count it.")
+
+
+def mixture_files(settings: DataStage, seed: int) -> list[Path]:
+    """The files that the sources read: part of the stage's key."""
+    return Mixture(settings.sources, seed, settings.on_bad_row).files()
 
 
 def draw(

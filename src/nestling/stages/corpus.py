@@ -6,9 +6,11 @@ from typing import Any
 
 from nestling.core.pipeline import StageContext
 from nestling.stages._data import DataStage, draw
+from nestling.stages._data import mixture_files as files
 
 VERSION = 1
 READS: dict[str, str] = {}
+__all__ = ["READS", "VERSION", "Settings", "files", "run"]
 
 
 class Settings(DataStage):

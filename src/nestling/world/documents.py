@@ -55,7 +55,7 @@ def documents(facts: Facts, seed: int, split: str, count: int | None = None) -> 
 
 
 def _text(facts: Facts, stream: Stream, person: Citizen, split: str, maker: Maker) -> str:
-    """A text of this split. Every possible text belongs to one split for good, so that train and val never share one."""
+    """A text of this split. Every possible text belongs to one split for good: train and val never share one."""
     while True:
         text = maker(facts, stream, person, split)
         if (bucket(text, VAL_SHARE) == 0) == (split != "train"):

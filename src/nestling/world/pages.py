@@ -86,7 +86,8 @@ def comparison(facts: Facts, stream: Stream, person: Citizen, split: str) -> str
     other = _someone_else(facts, stream, person)
     slots = {"p": person, "q": other, "t": stream.pick(facts.towns)}
     text = fill(stream.pick(facts.lang.get("pages.comparison")), slots)
-    more = [_referring(facts, stream, stream.pick(ATTRIBUTES["people"]), who, split) for who in (person, other)]
+    chosen = stream.several(ATTRIBUTES["people"], 2)
+    more = [statement(facts, stream, "people", chosen[place], who, split) for place, who in enumerate((person, other))]
     return f"{person.name}, {other.name}\n\n{text}\n\n{' '.join(more)}"
 
 
@@ -108,7 +109,7 @@ def town_page(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
     people = [fill(form, {"names": names})]
     people += [statement(facts, stream, "people", stream.pick(ATTRIBUTES["people"][1:]), who, split) for who in group]
     text = f"{fill(stream.pick(pages['titles']), {'t': town})}\n\n{' '.join(told)}\n\n{' '.join(people)}"
-    return text + " " + fill(stream.pick(pages["closings"]), {"t": town}) if stream.chance(0.3) else text
+    return text + "\n\n" + fill(stream.pick(pages["closings"]), {"t": town}) if stream.chance(0.3) else text
 
 
 def letter(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:

@@ -63,6 +63,7 @@ class Cast:
 
 _POOLS = {"object": "things.objects", "place": "things.places", "colour": "things.colours", "pet": "things.pets",
           "petname": "names.pets", "job": "things.jobs", "vegetable": "things.vegetables", "fruit": "things.fruits",
+          "garden": "things.gardens", "breakable": "things.breakables",
           "animal": "things.story_animals", "relative": "things.relatives", "day": "grammar.days"}
 
 

@@ -14,7 +14,7 @@ from nestling.core.errors import UserError
 from nestling.core.storage import BadRows, read_rows, write_rows
 from nestling.core.types import Conversation, Document, Message, Problem, PromptRow, Ranking, Row
 from nestling.corpus.paragraphs import cut_paragraphs
-from nestling.corpus.reading import ROWS, TABLES, check_whole, kind_of, list_files, read_table, read_text
+from nestling.corpus.reading import ROWS, TABLES, kind_of, list_files, read_table, read_text
 from nestling.corpus.splits import Split, split_rows, split_text
 
 T = TypeVar("T")
@@ -35,6 +35,11 @@ class Settings(Config):
     replace: dict[str, str] = Field({}, description="words put in place of others in every row, such as a name")
     limit: int | None = Field(None, ge=1, description="take at most so many items of a split")
     on_bad_row: BadRows = Field("stop", description="at a bad row: stop, or skip and count it")
+
+
+def files(settings: Settings) -> list[Path]:
+    """The files behind the settings: when one of them changes, what was made from them is out of date."""
+    return list_files(settings.paths)
 
 
 def documents(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Document]:
@@ -80,11 +85,11 @@ def toy(folder: Path, what: str) -> Settings:
 
 
 def _documents(settings: Settings, split: Split, skipped: list[str]) -> Iterator[Document]:
-    files = list_files(settings.paths)
-    for path in (path for path in files if kind_of(path) not in ROWS + TABLES):
+    found = files(settings)
+    for path in (path for path in found if kind_of(path) not in ROWS + TABLES):
         text = split_text(_replaced(read_text(path), settings.replace), settings.val_share, split)
         yield from _pieces(Document(id=path.name, text=text, source=path.name), settings)
-    tables = [path for path in files if kind_of(path) in ROWS + TABLES]
+    tables = [path for path in found if kind_of(path) in ROWS + TABLES]
     rows = (row for path in tables for row in _text_rows(path, settings, skipped))
     for document in split_rows(rows, lambda row: row.id, settings.val_share, split):
         yield from _pieces(document, settings)
@@ -148,15 +153,15 @@ def _rows(
     shape: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> Iterator[R]:  # fmt: skip
     """The rows of all files as values of one kind."""
-    files = list_files(settings.paths)
-    for path in files:
+    found = files(settings)
+    for path in found:
         if kind_of(path) not in ROWS + TABLES:
             raise UserError(f"{kind.__name__.lower()}s are read from rows", where=path, fix="give .jsonl or .parquet")
 
     def parse(row: Mapping[str, Any]) -> R:
         return kind.from_row(shape(row))
 
-    rows = (row for path in files for row in _parsed(path, parse, settings, skipped))
+    rows = (row for path in found for row in _parsed(path, parse, settings, skipped))
     yield from islice(split_rows(rows, key, settings.val_share, split), settings.limit)
 
 
@@ -185,7 +190,6 @@ def _parsed(path: Path, parse: Callable[[Mapping[str, Any]], T], settings: Setti
     def clean(row: Mapping[str, Any]) -> T:
         return parse(_replaced(row, settings.replace))
 
-    check_whole(path)
     before, count = len(skipped), 0
     reader = _table_rows if kind_of(path) in TABLES else read_rows
     for value in reader(path, clean, settings.on_bad_row, skipped):
