@@ -19,7 +19,7 @@ from nestling.training.hooks import Hook, Run
 from nestling.training.loop import train
 from nestling.training.settings import TrainSettings
 
-OBJECTIVES = [name for name in names("objectives") if name != "materials"]
+OBJECTIVES = names("objectives")
 SETTINGS = TrainSettings(
     steps=30, optimizer="adamw", learning_rate=0.01, schedule="constant", log_every=1, compile="off", save_every=1e9
 )

@@ -18,8 +18,8 @@ from nestling.model.heads import ScalarHead
 from nestling.objectives import _toys, ppo
 from nestling.objectives._cast import action_targets, score
 from nestling.objectives._episodes import Episode, closed, collect, pad
+from nestling.objectives._materials import Materials
 from nestling.objectives._scoring import by_length, length_groups
-from nestling.objectives.materials import Materials
 from nestling.tokenizer.conversation import render
 from nestling.training.loop import train
 from nestling.training.settings import TrainSettings

@@ -15,8 +15,8 @@ from nestling.loading.preferences import RankingLoader
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.heads import ScalarHead, Scored
 from nestling.objectives import _toys, reward
+from nestling.objectives._materials import Materials
 from nestling.objectives._pairs import all_pairs
-from nestling.objectives.materials import Materials
 from nestling.training.loop import train
 from nestling.training.settings import TrainSettings
 

@@ -79,15 +79,18 @@ def attend(
         bias = None if mask is None else mask.to(k.dtype)
         return F.scaled_dot_product_attention(q.to(k.dtype), k, v, bias, dropout, mask is None, enable_gqa=True)
     mask = causal_mask(q.shape[2], q.device) if mask is None else mask
-    if not aligned or q.shape[2] <= STRIP:
+    return in_strips(q, k, v, mask, dropout, STRIP) if aligned else _explicit(q, k, v, mask, dropout)
+
+
+def in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, strip: int) -> Tensor:
+    """Attention written out for `strip` queries at a time: they need no keys to their right, and scores stay in cache."""
+    if q.shape[2] <= strip:
         return _explicit(q, k, v, mask, dropout)
-    strips = []
-    for start in range(
-        0, q.shape[2], STRIP
-    ):  # a strip of queries needs no keys to its right: half of the square is saved
-        rows, seen = slice(start, start + STRIP), slice(0, start + STRIP)
-        strips.append(_explicit(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask[:, :, rows, seen], dropout))
-    return torch.cat(strips, 2)
+    done = []
+    for start in range(0, q.shape[2], strip):
+        rows, seen = slice(start, start + strip), slice(0, start + strip)
+        done.append(_explicit(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask[:, :, rows, seen], dropout))
+    return torch.cat(done, 2)
 
 
 def explicit_pays(device: torch.device, keys: int) -> bool:

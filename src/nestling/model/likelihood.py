@@ -25,19 +25,24 @@ class Batch(Protocol):
     """What the loss reads of a batch: ids, targets [B, T] long, weights [B, T] float, positions and segments [B, T]."""
 
     @property
-    def ids(self) -> Tensor: ...
+    def ids(self) -> Tensor:
+        """[B, T] long."""
 
     @property
-    def targets(self) -> Tensor: ...
+    def targets(self) -> Tensor:
+        """[B, T] long."""
 
     @property
-    def weights(self) -> Tensor: ...
+    def weights(self) -> Tensor:
+        """[B, T] float."""
 
     @property
-    def positions(self) -> Tensor: ...
+    def positions(self) -> Tensor:
+        """[B, T] long."""
 
     @property
-    def segments(self) -> Tensor: ...
+    def segments(self) -> Tensor:
+        """[B, T] long."""
 
 
 def next_token_loss_sum(model: Decoder, batch: Batch, *, chunk: int | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
 from nestling.model.decoder import build as build_decoder
 from nestling.model.likelihood import next_token_loss_sum, token_logprobs
-from nestling.objectives.materials import Materials
+from nestling.objectives._materials import Materials
 from nestling.training.contract import Objective, Term, Update
 
 READS = ("model",)

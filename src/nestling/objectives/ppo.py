@@ -35,9 +35,9 @@ from nestling.model.likelihood import next_token_loss_sum, token_logprobs
 from nestling.objectives import _returns, _toys
 from nestling.objectives._cast import Cast, Scorer, Shifted, Verdicts, action_targets, score
 from nestling.objectives._episodes import collect
+from nestling.objectives._materials import Materials
 from nestling.objectives._scoring import by_length
 from nestling.objectives._share import own_share
-from nestling.objectives.materials import Materials
 from nestling.tokenizer.conversation import render, reply_ids
 from nestling.tokenizer.special import TURN_END
 from nestling.training.contract import Objective, Term, Update

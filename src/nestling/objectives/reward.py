@@ -23,10 +23,10 @@ from nestling.core.types import Conversation, Ranking
 from nestling.loading.preferences import RankingBatch, RankingLoader
 from nestling.model.heads import ScalarHead, Scored
 from nestling.objectives import _toys
+from nestling.objectives._materials import Materials
 from nestling.objectives._pairs import Bin, all_pairs, calibration_error, pair_losses, reliability, right
 from nestling.objectives._scoring import by_length, pad_ids
 from nestling.objectives._share import own_share
-from nestling.objectives.materials import Materials
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
 from nestling.training.contract import Objective, Term, Update

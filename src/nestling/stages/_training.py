@@ -21,7 +21,7 @@ from nestling.model import checkpoint
 from nestling.model.decoder import Decoder
 from nestling.model.heads import ScalarHead
 from nestling.model.locate import MODEL
-from nestling.objectives.materials import Materials
+from nestling.objectives._materials import Materials
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.training.contract import Objective
 from nestling.training.hooks import Hook
