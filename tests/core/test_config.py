@@ -29,7 +29,7 @@ def test_nested_values_are_read() -> None:
         ({"name": "a", "inner": {"learning_rat": 1}}, "x.inner.learning_rat: unknown setting; did you mean"),
         (
             {"name": "a", "inner": {"learning_rate": -1}},
-            "x.inner.learning_rate: input should be greater than 0 (got -1)",
+            "x.inner.learning_rate: must be greater than 0 (got -1)",
         ),
         ({}, "x.name: this setting is required"),
     ],

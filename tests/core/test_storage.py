@@ -95,7 +95,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path: Path, monkeypa
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="can't write: No space left on device"):
+    with pytest.raises(UserError, match="can't be written: No space left on device"):
         storage.write_json(path, 2)
     assert storage.read_json(path) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -29,12 +29,12 @@ def test_every_turn_is_answered_with_the_conversation_before_it(engine: Engine) 
     rows = [row("a"), row("b", turns=["c", "d"]), row("e", tools=["calculator"], turns=["f"])]
     texts = converse(rows, engine, GREEDY)
     assert [len(turns) for turns in texts] == [1, 3, 2]
-    messages = list(rows[1].prompt)
+    prompt = rows[1].prompt
     for text, following in zip(texts[1], ["c", "d", None], strict=True):
-        (alone,) = replies(engine, [messages], GREEDY, 0)
+        (alone,) = replies(engine, [PromptRow(prompt=prompt)], GREEDY, 0)
         assert alone.text == text
-        messages += [*alone.messages, Message(role="user", content=following or "")]
-    (offered,) = replies(engine, [rows[2].prompt], GREEDY, 0, ("calculator",))
+        prompt += (*alone.messages, Message(role="user", content=following or ""))
+    (offered,) = replies(engine, [rows[2]], GREEDY, 0)
     assert texts[2][0] == offered.text
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nestling.core.intervals import Interval, bootstrap, wilson
 from nestling.core.types import Message, PromptRow
-from nestling.evaluation.preferences import by_score, in_both_orders, mean_score, win_rate
+from nestling.evaluation.preferences import by_score, in_both_orders, mean_score, win_rate, win_rate_by_scores
 
 ROWS = [PromptRow(prompt=(Message(role="user", content=str(number)),)) for number in range(4)]
 
@@ -24,6 +24,15 @@ def test_win_rate_by_hand() -> None:
     assert (result.value, result.n, result.ties) == (0.625, 4, 1)
     assert result.interval.low < 0.625 < result.interval.high
     assert result.to_row()["interval"] == list(result.interval)
+
+
+def test_win_rate_by_scores_is_win_rate_by_a_scorer() -> None:
+    first, second = ["aaa", "a", "aa", "aa"], ["a", "aa", "bb", "b"]
+    for margin in (0.0, 1.0):
+        known = win_rate_by_scores([len(text) for text in first], [len(text) for text in second], margin)
+        assert known == win_rate(ROWS, first, second, by_score(length, margin))
+    with pytest.raises(ValueError):
+        win_rate_by_scores([1.0], [1.0, 2.0])
 
 
 def test_scores_within_the_margin_tie() -> None:

@@ -12,7 +12,7 @@ from toys.models import random_model
 from nestling.cli.chat import ChatOptions, run_chat
 from nestling.core.errors import UserError
 from nestling.core.storage import read_rows
-from nestling.core.types import Conversation, Message, ToolCall
+from nestling.core.types import Conversation, Message, PromptRow, ToolCall
 from nestling.generation.chat import MALFORMED, replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
@@ -24,6 +24,8 @@ from nestling.tokenizer.conversation import render, reply_ids
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END
 
 ASK = [Message(role="user", content="What is 12 + 3?")]
+PLAIN = PromptRow(prompt=tuple(ASK))
+OFFERED = PromptRow(prompt=tuple(ASK), meta={"tools": ["calculator"]})
 
 
 def writes(*ids: int, **changes: object) -> Sampling:
@@ -45,7 +47,7 @@ def script(tokenizer: Tokenizer, *messages: Message) -> list[int]:
 
 def test_a_call_is_answered_and_the_model_goes_on(engine: Engine, tokenizer: Tokenizer) -> None:
     call, answer = calling("12 + 3", content="Let me see. "), said("12 + 3 = 15.")
-    reply = replies(engine, [ASK], writes(*script(tokenizer, call, answer)), 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], writes(*script(tokenizer, call, answer)), 0)[0]
     assert reply.messages == (call, Message(role="tool", content="15"), answer)
     assert (reply.text, reply.completion.finish) == ("12 + 3 = 15.", "stop")
 
@@ -53,7 +55,7 @@ def test_a_call_is_answered_and_the_model_goes_on(engine: Engine, tokenizer: Tok
 def test_the_tokens_are_those_of_the_rendered_conversation(engine: Engine, tokenizer: Tokenizer) -> None:
     """What the model saw while it wrote is exactly what it is trained on, mask included."""
     sampling = writes(*script(tokenizer, calling("12 + 3"), calling("7 * 6"), said("15 and 42")))
-    reply = replies(engine, [ASK], sampling, 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], sampling, 0)[0]
     prompt = render(tokenizer, ASK, ("calculator",), prompt=True).ids
     whole = render(tokenizer, [*ASK, *reply.messages], ("calculator",))
     newline = len(tokenizer.encode("\n"))
@@ -64,7 +66,7 @@ def test_the_tokens_are_those_of_the_rendered_conversation(engine: Engine, token
 def test_several_calls_in_one_turn(engine: Engine, tokenizer: Tokenizer) -> None:
     calls = (*calling("1 + 1").tool_calls, *calling("2 + 2").tool_calls)
     both = Message(role="assistant", tool_calls=calls)
-    reply = replies(engine, [ASK], writes(*script(tokenizer, both, said("2, 4"))), 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], writes(*script(tokenizer, both, said("2, 4"))), 0)[0]
     assert [m.content for m in reply.messages if m.role == "tool"] == ["2", "4"]
 
 
@@ -81,14 +83,14 @@ def test_several_calls_in_one_turn(engine: Engine, tokenizer: Tokenizer) -> None
 def test_a_bad_call_is_told_to_the_model(engine: Engine, tokenizer: Tokenizer, text: str, result: str) -> None:
     turn = [tokenizer.id(CALL_START), *tokenizer.encode(text), tokenizer.id(CALL_END), tokenizer.id(TURN_END)]
     sampling = writes(*turn, *script(tokenizer, said("sorry")))
-    reply = replies(engine, [ASK], sampling, 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], sampling, 0)[0]
     assert [m.content for m in reply.messages if m.role == "tool"] == [result]
     assert reply.text == "sorry"
 
 
 def test_rounds_are_bounded(engine: Engine, tokenizer: Tokenizer) -> None:
     sampling = writes(*script(tokenizer, *[calling("1 + 1")] * 3))
-    reply = replies(engine, [ASK], sampling, 0, ("calculator",), max_rounds=2)[0]
+    reply = replies(engine, [OFFERED], sampling, 0, max_rounds=2)[0]
     assert [m.role for m in reply.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
     assert reply.messages[-1] == calling("1 + 1")
 
@@ -97,26 +99,33 @@ def test_a_result_that_does_not_fit_ends_the_reply(model: Decoder, tokenizer: To
     turn = script(tokenizer, calling("1 + 1"))
     room = len(render(tokenizer, ASK, ("calculator",), prompt=True).ids) + len(turn) + 5
     engine = Engine(model, tokenizer, capacity=room)
-    reply = replies(engine, [ASK], writes(*turn), 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], writes(*turn), 0)[0]
     assert reply.messages == (calling("1 + 1"),)
     assert reply.completion.finish == "length"
 
 
 def test_without_tools_a_call_ends_the_reply(engine: Engine, tokenizer: Tokenizer) -> None:
-    reply = replies(engine, [ASK], writes(*script(tokenizer, calling("1 + 1"))), 0)[0]
+    reply = replies(engine, [PLAIN], writes(*script(tokenizer, calling("1 + 1"))), 0)[0]
     assert reply.messages == (calling("1 + 1"),)
+
+
+def test_each_prompt_has_its_own_tools(engine: Engine, tokenizer: Tokenizer) -> None:
+    rows = [OFFERED, PLAIN, OFFERED]
+    together = replies(engine, rows, writes(*script(tokenizer, calling("12 + 3"), said("15"))), 0)
+    assert [reply.text for reply in together] == ["15", "", "15"]
+    assert [len(reply.messages) for reply in together] == [3, 1, 3]
 
 
 def test_stop_texts_are_not_part_of_the_reply(engine: Engine, tokenizer: Tokenizer) -> None:
     sampling = writes(*script(tokenizer, calling("1 + 1"), said("the cat. sat")), stop=(".",))
-    reply = replies(engine, [ASK], sampling, 0, ("calculator",))[0]
+    reply = replies(engine, [OFFERED], sampling, 0)[0]
     assert reply.text == "the cat"
 
 
 def test_each_prompt_has_its_own_stream(engine: Engine) -> None:
     sampling = Sampling(max_tokens=12)
-    first, second = replies(engine, [ASK, ASK], sampling, 7)
-    again = replies(engine, [ASK], sampling, 7)[0]
+    first, second = replies(engine, [PLAIN, PLAIN], sampling, 7)
+    again = replies(engine, [PLAIN], sampling, 7)[0]
     assert first.completion.ids == again.completion.ids != second.completion.ids
 
 

@@ -61,7 +61,7 @@ def test_explicit_attention_equals_the_fused_kernel(monkeypatch: pytest.MonkeyPa
     for some in (None, mask, per_head):
         explicit = attend(q, k, v, some)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "STRIP", 4)  # 9 queries: strips of 4, 4 and 1
+            patch.setattr(attention, "SHORTEST_STRIP", 4)  # 9 queries: strips of 4, 4 and 1
             torch.testing.assert_close(explicit, attend(q, k, v, some), rtol=0, atol=1e-6)
         with monkeypatch.context() as patch:
             patch.setattr(attention, "EXPLICIT_CPU_TOKENS", 0)

@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from nestling.cli.opening import open_writer
 from nestling.core.errors import UserError
-from nestling.core.runtime import detect
 from nestling.core.types import Message
 from nestling.generation.engine import Engine
 from nestling.generation.session import CHAT_SAMPLING, ChatSession, Event
-from nestling.model.checkpoint import load
+from nestling.tokenizer.special import TURN_START
 
 SCRIPT = (
     "Hello! Who are you?",
@@ -67,9 +67,10 @@ def run_chat(folder: Path, options: ChatOptions | None = None, console: Console 
 
 
 def _open(folder: Path, options: ChatOptions) -> ChatSession:
-    checkpoint = load(folder, detect(device=options.device).device)
-    if "<|im_start|>" not in checkpoint.tokenizer.special:
-        raise UserError("this is a base model: it continues text, it does not chat", where=folder, fix="run sft first")
+    checkpoint = open_writer(folder, options.device)
+    if TURN_START not in checkpoint.tokenizer.special:
+        fix = "fine-tune it on conversations (sft), or use nestling generate"
+        raise UserError("this is a base model: it continues text, it does not chat", where=folder, fix=fix)
     engine = Engine(checkpoint.model, checkpoint.tokenizer, rows=4)
     session = ChatSession(engine, system=options.system, tools=options.tools, sampling=CHAT_SAMPLING, seed=options.seed)
     for name, value in options.params.items():

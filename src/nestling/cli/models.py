@@ -8,13 +8,12 @@ from typing import Annotated
 import typer
 
 from nestling.cli.chat import ChatOptions, run_chat
+from nestling.cli.opening import open_writer
+from nestling.core.config import parse
 from nestling.core.metrics import say
-from nestling.core.runtime import detect
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
-from nestling.model import checkpoint
-from nestling.model.locate import checkpoint_folder
 
 ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A run, checkpoint or Hugging Face folder.")]
 
@@ -25,7 +24,7 @@ def chat(
     scripted: Annotated[bool, typer.Option("--scripted", help="Print a short scripted conversation.")] = False,
 ) -> None:
     """Talk to a model in the terminal."""
-    run_chat(checkpoint_folder(model), ChatOptions(device=device, scripted=scripted or None))
+    run_chat(model, ChatOptions(device=device, scripted=scripted or None))
 
 
 def generate(
@@ -41,11 +40,10 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Continue a text."""
-    found = checkpoint.load(checkpoint_folder(model), detect(device).device)
+    found = open_writer(model, device)
     engine = Engine(found.model, found.tokenizer)
-    sampling = Sampling(
-        strategy=strategy, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
-    )
+    given = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens}
+    sampling = parse(Sampling, given, "--")
     ids = [found.tokenizer.end_of_text, *found.tokenizer.encode(prompt)]
     for done in engine.generate([Request(ids, sampling, seed + place) for place in range(count)]):
         print(f"{prompt}{done.text}", end="\n" if count == 1 else "\n\n")

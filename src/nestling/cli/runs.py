@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -13,8 +14,10 @@ from rich.table import Table
 from nestling.core import pipeline
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
-from nestling.core.recipe import Recipe, load_recipe
+from nestling.core.recipe import Recipe, StageSpec, load_recipe
+from nestling.core.registry import find
 from nestling.core.runtime import detect
+from nestling.core.storage import BadRows
 from nestling.report.build import build_report
 from nestling.report.table import capability_table
 
@@ -27,7 +30,7 @@ def run(
     text: Annotated[Path | None, typer.Option(help="Learn from this text file or folder instead.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: stage.key=value.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
-    on_bad_row: Annotated[str, typer.Option(help="What a bad row of a data file does: stop or skip.")] = "stop",
+    on_bad_row: Annotated[str | None, typer.Option(help="What a bad row of a data file does: stop or skip.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
@@ -39,6 +42,8 @@ def run(
     plan = load_recipe(path, overrides)
     if text is not None:
         plan = _on_text(plan, text)
+    if on_bad_row is not None:
+        plan = _on_bad_row(plan, on_bad_row)
     folder = out or Path("runs") / plan.name
     pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet)
     show(folder)
@@ -73,12 +78,16 @@ def _recipe_path(name: str) -> Path:
     """The file itself, or recipes/<name>.yaml here or beside the installed sources."""
     if Path(name).is_file():
         return Path(name)
+    if Path(name).is_dir():
+        fix = "give its recipe file; a run goes on by the command that began it"
+        raise UserError("this is a folder, not a recipe", where=name, fix=fix)
     shelves = [Path("recipes"), Path(str(importlib.resources.files("nestling"))).parents[1] / "recipes"]
     known = [path for shelf in shelves for path in shelf.glob("*.yaml")]
     for path in known:
         if path.stem == name.removesuffix(".yaml"):
             return path
-    raise UserError("no such recipe", value=name, fix=nearest(Path(name).stem, {path.stem for path in known}))
+    fix = f"{nearest(Path(name).stem, {path.stem for path in known})}; or the path of a .yaml file"
+    raise UserError("no such recipe", value=name, fix=fix)
 
 
 def _on_text(recipe: Recipe, text: Path) -> Recipe:
@@ -88,8 +97,23 @@ def _on_text(recipe: Recipe, text: Path) -> Recipe:
     if not any(spec.stage == "corpus" for spec in recipe.stages):
         raise UserError("the recipe has no corpus stage to point at the text", where="--text")
     sources = [{"source": "files", "settings": {"paths": [str(text)]}}]
-    stages = tuple(
-        spec.model_copy(update={"settings": spec.settings | {"sources": sources}}) if spec.stage == "corpus" else spec
+    return _with(recipe, lambda spec: spec.stage == "corpus", sources=sources)
+
+
+def _on_bad_row(recipe: Recipe, policy: str) -> Recipe:
+    """The recipe with every stage that reads rows of the user's following one policy."""
+    if policy not in get_args(BadRows):
+        raise UserError("unknown policy", where="--on-bad-row", value=policy, fix="use stop or skip")
+    return _with(recipe, lambda spec: "on_bad_row" in _fields(spec), on_bad_row=policy)
+
+
+def _fields(spec: StageSpec) -> Mapping[str, object]:
+    return find("stages", spec.stage).Settings.model_fields
+
+
+def _with(recipe: Recipe, which: Callable[[StageSpec], bool], **settings: object) -> Recipe:
+    stages = [
+        spec.model_copy(update={"settings": spec.settings | settings}) if which(spec) else spec
         for spec in recipe.stages
-    )
-    return recipe.model_copy(update={"stages": stages})
+    ]
+    return recipe.model_copy(update={"stages": tuple(stages)})

@@ -15,38 +15,42 @@ from rich.console import Console
 
 from nestling.core import pipeline
 from nestling.core.config import Config
-from nestling.core.recipe import build_recipe
-from nestling.core.registry import find, names
+from nestling.core.errors import UserError
+from nestling.core.recipe import build_recipe, changed
+from nestling.core.registry import find
 from nestling.core.runtime import detect
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add every stage to the command line."""
-    for name in names("stages"):
-        app.command(name.replace("_", "-"))(_verb(name, find("stages", name)))
-
-
-def _verb(name: str, module: ModuleType) -> Any:
+def verb(name: str) -> Any:
+    """The function that runs one stage, with a parameter for each input and each setting, as typer reads them."""
+    module = find("stages", name)
     roles = [role.rstrip("?") for role in module.READS]
     fields = dict(_leaves(module.Settings))
 
-    def verb(**given: Any) -> None:
+    def run(**given: Any) -> None:
         reads = {role: str(given[role]) for role in roles if given[role] is not None}
         body: dict[str, Any] = {"stage": name, "reads": reads}
         for dotted in fields:
             if (value := given[dotted.replace(".", "__")]) is not None:
-                _put(body, dotted, yaml.safe_load(value))
-        recipe = build_recipe({"name": name, "seed": given["seed"], "stages": {name: body}}, where="command line")
+                body = changed(body, dotted.split("."), _value(dotted, value), f"--{dotted}")
+        recipe = build_recipe({"name": name, "seed": given["seed"], "stages": {name: body}})
         runtime = detect(given["device"], given["dtype"], given["threads"])
         reports = pipeline.run(recipe, given["out"], runtime, quiet=given["quiet"])
         Console(highlight=False).print_json(data=reports[name], default=str)
 
-    verb.__doc__ = f"{(module.__doc__ or name).strip().splitlines()[0]}"
-    verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    run.__doc__ = f"{(module.__doc__ or name).strip().splitlines()[0]}"
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [*_inputs(module), *_settings(fields), *_surroundings()]
     )
-    verb.__annotations__ = {p.name: p.annotation for p in verb.__signature__.parameters.values()}  # type: ignore[attr-defined]
-    return verb
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
+
+
+def _value(dotted: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError("the value is not YAML", where=f"--{dotted.replace('_', '-')}", value=text) from None
 
 
 def _leaves(cls: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -92,9 +96,3 @@ def _surroundings() -> list[inspect.Parameter]:
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
-
-def _put(target: dict[str, Any], dotted: str, value: Any) -> None:
-    *path, last = dotted.split(".")
-    for part in path:
-        target = target.setdefault(part, {})
-    target[last] = value

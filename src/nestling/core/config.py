@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -47,23 +47,35 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _explain(cls: type[Config], error: ValidationError, where: str) -> UserError:
     first = error.errors()[0]
-    place = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
+    place = _join(where, *(str(part) for part in first["loc"]))
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause.at(place)
     if first["type"] == "extra_forbidden":
         fields = _fields_at(cls, first["loc"][:-1])
         return UserError("unknown setting", where=place, fix=nearest(str(first["loc"][-1]), fields))
     if first["type"] == "missing":
         return UserError("this setting is required", where=place)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and isinstance(first.get("ctx", {}).get("error"), UserError):
-        return UserError(message, where=where)
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     return UserError(message[:1].lower() + message[1:], where=place, value=first["input"])
+
+
+def _join(*parts: str) -> str:
+    """A dotted place; after a file's name, which ends in ": ", comes no dot."""
+    joined = ".".join(part for part in parts if part)
+    return joined.replace(": .", ": ").removesuffix(": ")
 
 
 def _fields_at(cls: type[Config], path: tuple[int | str, ...]) -> list[str]:
     """The field names of the settings class that `path` leads to, walking nested classes."""
     for part in path:
         field = cls.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if isinstance(inner, type) and issubclass(inner, Config):
-            cls = inner
+        cls = (_settings_in(field.annotation) if field else None) or cls
     return list(cls.model_fields)
+
+
+def _settings_in(annotation: Any) -> type[Config] | None:
+    """The settings class in a type such as `Inner`, `Inner | None`, `tuple[Inner, ...]` or `dict[str, Inner]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _settings_in(inner))), None)

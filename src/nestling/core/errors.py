@@ -20,6 +20,15 @@ class UserError(ValueError):
         self.what, self.where, self.value, self.fix = what, where, value, fix
         super().__init__(_one_line(what, where, value, fix))
 
+    def at(self, place: str) -> UserError:
+        """The same error seen from outside: `place` comes before where it says it is.
+
+        >>> str(UserError("is odd", where="head_size", value=3).at("pretrain.model"))
+        'pretrain.model.head_size: is odd (got 3)'
+        """
+        where = place if self.where is None else f"{place}.{self.where}"
+        return UserError(self.what, where=where, value=self.value, fix=self.fix)
+
 
 class Interrupted(RuntimeError):
     """The user pressed Ctrl-C: the step was finished and saved; the message says how to go on. Exit code 130."""

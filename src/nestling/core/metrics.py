@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from nestling.core.storage import finite
+
 
 @functools.cache
 def console() -> Console:
@@ -24,7 +25,7 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """One line for the person watching."""
-    console().print(text, markup=False)
+    console().print(text, markup=False, emoji=False)
 
 
 class MetricsLog:
@@ -52,8 +53,7 @@ class MetricsLog:
 
 def _line(row: Mapping[str, Any]) -> str:
     """JSON of a row; a number that is not finite becomes null, since JSON has no word for it."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean, ensure_ascii=False) + "\n"
+    return json.dumps(finite(row), ensure_ascii=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -74,11 +74,12 @@ class Progress:
     ...     progress.advance(10, loss=3.2)
     """
 
-    LINE_EVERY = 15.0  # seconds between lines when not on a terminal
+    FIRST_LINE, LINE_EVERY = 2.0, 15.0  # seconds to the first line and between lines when not on a terminal
 
     def __init__(self, title: str, total: int | None, unit: str = "", quiet: bool = False, done: int = 0) -> None:
         self.title, self.total, self.unit, self.quiet, self.done = title, total, unit, quiet, done
-        self._started = self._spoke = time.monotonic()
+        self._started = time.monotonic()
+        self._next_line = self._started + self.FIRST_LINE
         self._first = done
         self._bar: Bar | None = None
         self._note = ""
@@ -99,8 +100,8 @@ class Progress:
         if self._bar:
             self._note = note or self._note
             self._bar.update(self._task, completed=self.done, note=self._note)
-        elif not self.quiet and time.monotonic() - self._spoke > self.LINE_EVERY:
-            self._spoke = time.monotonic()
+        elif not self.quiet and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self.LINE_EVERY
             say(f"{self.title}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}  {note}{self._left()}")
 
     def _left(self) -> str:

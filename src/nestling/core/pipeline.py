@@ -26,7 +26,7 @@ from nestling.core.metrics import say
 from nestling.core.recipe import Recipe, StageSpec
 from nestling.core.registry import find
 from nestling.core.runtime import Runtime
-from nestling.core.storage import FolderLock, content_hash, disk_error, read_json, write_json
+from nestling.core.storage import FolderLock, content_hash, disk_error, finite, read_json, sweep, write_json
 
 KEPT_ASIDE = 3  # earlier results of one stage that stay in .previous
 
@@ -130,10 +130,13 @@ def run(
     plans = plan(recipe, out, until)
     reports = {}
     with FolderLock(out):
-        write_json(out / "recipe.json", recipe.model_dump(mode="json"))
-        for number, stage in enumerate(plans, 1):
-            title = f"[{number}/{len(plans)}] {stage.spec.name}"
-            reports[stage.spec.name] = _run_stage(stage, recipe.seed, out, runtime, quiet, title)
+        try:
+            write_json(out / "recipe.json", recipe.model_dump(mode="json"))
+            for number, stage in enumerate(plans, 1):
+                title = f"[{number}/{len(plans)}] {stage.spec.name}"
+                reports[stage.spec.name] = _run_stage(stage, recipe.seed, out, runtime, quiet, title)
+        except OSError as error:
+            raise disk_error(error, Path(error.filename or out)) from error
     return reports
 
 
@@ -146,10 +149,7 @@ def _run_stage(stage: Plan, seed: int, out: Path, runtime: Runtime, quiet: bool,
     say(f"{title}: {'resuming' if resuming else 'starting'}")
     context = StageContext(stage.spec.name, folder, stage.reads, seed, runtime, quiet)
     started = time.perf_counter()
-    try:
-        report = stage.module.run(stage.settings, context)
-    except OSError as error:
-        raise disk_error(error, folder) from error
+    report = finite(stage.module.run(stage.settings, context))
     seconds = time.perf_counter() - started
     _complete(stage, folder, seed, report, seconds)
     say(f"{title}: done in {seconds:.0f} s")
@@ -169,6 +169,7 @@ def _prepare(folder: Path, key: str) -> bool:
     """Make the stage's folder ready; True when an interrupted attempt under the same key is there to resume."""
     started = folder / "started.json"
     if started.exists() and not (folder / "stage.json").exists() and read_json(started)["key"] == key:
+        sweep(folder)
         return True
     if folder.exists():
         _step_aside(folder)
@@ -177,9 +178,16 @@ def _prepare(folder: Path, key: str) -> bool:
 
 
 def _step_aside(folder: Path) -> None:
-    """Keep a completed result of other settings in .previous; an unfinished one is of no use and goes."""
+    """Keep a completed result of other settings in .previous; an unfinished one is of no use and goes.
+
+    Raises:
+        UserError: the folder was not made by a run, and may be dear to somebody.
+    """
     record = finished(folder)
     if record is None:
+        if not (folder / "started.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+            fix = "choose another folder with --out, or move it away"
+            raise UserError("in the way of a stage, and not made by a run", where=folder, fix=fix)
         shutil.rmtree(folder)
         return
     shelf = folder.parent / ".previous"

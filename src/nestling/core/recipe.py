@@ -10,11 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import field_validator
 
 from nestling.core.config import Config, nearest, parse
 from nestling.core.errors import UserError
@@ -32,6 +34,11 @@ class StageSpec(Config):
     settings: dict[str, Any] = {}
     """What the stage's own settings class will check."""
 
+    @field_validator("name")
+    @classmethod
+    def _a_folder(cls, name: str) -> str:
+        return _folder_name(name)
+
 
 class Recipe(Config):
     """A run, as data."""
@@ -45,6 +52,17 @@ class Recipe(Config):
     stages: tuple[StageSpec, ...]
     """In the order in which they run."""
 
+    @field_validator("name")
+    @classmethod
+    def _a_folder(cls, name: str) -> str:
+        return _folder_name(name)
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError("a name that becomes a folder's", value=name, fix="use letters, digits, dots, - and _")
+    return name
+
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply `--set` overrides.
@@ -56,48 +74,78 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"recipe can't be read: {error.strerror}", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"broken YAML: {error}", where=path) from None
+    except UnicodeDecodeError:
+        raise UserError("this is not UTF-8 text", where=path, fix="a recipe is a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"broken YAML{_spot(error)}", where=path) from None
     if not isinstance(data, dict) or not isinstance(data.get("stages"), dict) or not data["stages"]:
         raise UserError("a recipe needs a mapping `stages:` of stage name to settings", where=path)
-    data.setdefault("name", path.stem)
+    data = {"name": re.sub(r"[^\w.-]+", "-", path.stem), **data}
     for override in overrides:
-        _apply(data, override)
-    return build_recipe(data, where=str(path))
+        data = _apply(data, override)
+    return build_recipe(data, where=f"{path}: ")
 
 
-def build_recipe(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from plain data, as `load_recipe` reads it."""
-    specs = [_spec(name, body or {}, where) for name, body in data["stages"].items()]
+def _spot(error: yaml.YAMLError) -> str:
+    """Where YAML broke and why, in the words of its reader."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f" in line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return f": {error}"
+
+
+def build_recipe(data: Mapping[str, Any], where: str = "") -> Recipe:
+    """A recipe from plain data, as `load_recipe` reads it; `where` begins error messages, "file: " or nothing."""
+    specs = [_spec(str(name), {} if body is None else body, where) for name, body in data["stages"].items()]
     return parse(Recipe, {**data, "stages": specs}, where)
 
 
 def _spec(name: str, body: Any, where: str) -> StageSpec:
     if not isinstance(body, Mapping):
-        raise UserError("a stage's settings must be a mapping", where=f"{where}: stages.{name}", value=body)
+        raise UserError("a stage's settings must be a mapping", where=f"{where}stages.{name}", value=body)
     settings = {key: value for key, value in body.items() if key not in ("stage", "reads")}
     plain = {"name": name, "stage": body.get("stage", name), "reads": body.get("reads") or {}, "settings": settings}
-    return parse(StageSpec, plain, f"{where}: stages.{name}")
+    return parse(StageSpec, plain, f"{where}stages.{name}")
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     """`--set pretrain.training.steps=10`: the first word is a stage's name or a key of the recipe itself."""
     dotted, equals, text = override.partition("=")
     if not equals:
-        raise UserError("an override has the form key=value", where="--set", value=override)
+        fix = "write it as stage.key=value"
+        raise UserError("an override has the form key=value", where="--set", value=override, fix=fix)
+    where = f"--set {dotted}"
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError("value is not YAML", where=f"--set {dotted}", value=text) from None
-    *path, last = dotted.removeprefix("stages.").split(".")
-    target = data
-    if path or last in data["stages"]:
-        target = data["stages"]
-    elif last not in Recipe.model_fields:
-        known = [*data["stages"], "seed", "name"]
-        raise UserError("unknown setting", where=f"--set {dotted}", fix=nearest(last, known))
-    if path and path[0] not in target:
-        raise UserError("the recipe has no such stage", where=f"--set {dotted}", fix=nearest(path[0], target))
-    for part in path:
-        target[part] = target = dict(target.get(part) or {})
-    target[last] = value
+    except yaml.YAMLError as error:
+        raise UserError(f"the value is not YAML{_spot(error)}", where=where, value=text) from None
+    path = dotted.removeprefix("stages.").split(".")
+    if len(path) > 1 and path[0] not in data["stages"]:
+        raise UserError("the recipe has no such stage", where=where, fix=nearest(path[0], data["stages"]))
+    if path[0] in data["stages"]:
+        return changed(data, ["stages", *path], value, where)
+    if path[0] not in ("seed", "name", "description"):
+        known = [*data["stages"], "seed", "name", "description"]
+        raise UserError("the recipe has no such stage or key", where=where, fix=nearest(path[0], known))
+    return {**data, path[0]: value}
+
+
+def changed(inside: Any, path: Sequence[str], value: Any, where: str) -> Any:
+    """A copy of nested mappings and lists with `value` at a path; a number names a place of a list, from 0.
+
+    >>> changed({"a": [{"b": 1}]}, ["a", "0", "b"], 2, "--set a.0.b")
+    {'a': [{'b': 2}]}
+
+    Raises:
+        UserError: the path leads through a plain value, or beyond a list's end.
+    """
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(inside, list):
+        if not first.isdigit() or int(first) >= len(inside):
+            raise UserError(f"the list has no place {first!r}", where=where, fix=f"use 0 to {len(inside) - 1}")
+        return [changed(item, rest, value, where) if n == int(first) else item for n, item in enumerate(inside)]
+    if not isinstance(inside, Mapping | None):
+        raise UserError(f"no setting {first!r} inside a plain value", where=where, value=inside)
+    return {**(inside or {}), first: changed((inside or {}).get(first), rest, value, where)}

@@ -37,4 +37,4 @@ def find(folder: str, name: str) -> ModuleType:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise UserError("no such module", where=folder, value=name, fix=str(error)) from None
-    raise UserError(f"no {folder.rsplit('.', 1)[-1]} entry has this name", value=name, fix=nearest(name, names(folder)))
+    raise UserError(f"nothing in {folder.replace('.', '/')} has this name", value=name, fix=nearest(name, names(folder)))

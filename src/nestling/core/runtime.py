@@ -1,4 +1,7 @@
-"""What this machine offers, and every random stream. The only place that reads the environment."""
+"""What this machine offers, and every random stream. The only place that reads the environment.
+
+torch is imported where it is used: it takes seconds, and a mistake on the command line should answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from nestling.core.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DEVICES = ("cpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -40,26 +46,45 @@ def detect(device: str = "auto", dtype: str = "auto", threads: int | None = None
     Raises:
         UserError: an unknown device or dtype name.
     """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError("unknown precision", where="--dtype", value=dtype, fix=f"use auto, {', '.join(DTYPES)}")
+    if device.split(":")[0] not in ("auto", *DEVICES):
+        raise UserError("unknown device", where="--device", value=device, fix=f"use auto, {', '.join(DEVICES)}")
+    import torch
+
     chosen = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError("unknown precision", where="dtype", value=dtype, fix=f"use auto, {', '.join(DTYPES)}")
-    precision = DTYPES[dtype] if dtype != "auto" else _fast_dtype(chosen)
+    precision = _fast_dtype(chosen) if dtype == "auto" else named_dtype(dtype)
     return Runtime(chosen, precision, torch.get_num_threads())
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype called fp32, bf16 or fp16."""
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
+
+
 def _device(name: str) -> torch.device:
+    import torch
+
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError("unknown device", value=name, fix="use auto, cpu, cuda or mps") from None
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
+    kind, _, number = name.partition(":")
+    if number and not number.isdigit():
+        raise UserError("unknown device", where="--device", value=name, fix="use cuda:0, cuda:1, …")
+    if int(number or 0) >= here[kind]:
+        raise UserError("this machine has no such device", where="--device", value=name, fix="use auto or cpu")
+    return torch.device(name)
 
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
     """bf16 where matrix units exist for it (SM80+, AMX, AVX512-BF16), fp16 on older GPUs, else fp32."""
+    import torch
+
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     if device.type == "cpu":
@@ -73,6 +98,8 @@ def measured_peak(runtime: Runtime, size: int = 1024, seconds: float = 0.3) -> f
 
     On CUDA the product is large enough to fill the chip; the figure is measured, never taken from a data sheet.
     """
+    import torch
+
     size = 8192 if runtime.device.type == "cuda" else size
     left = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
     right = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
@@ -99,6 +126,8 @@ def stream_seed(seed: int, *names: str | int) -> int:
 
 def torch_stream(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator for the named stream."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(stream_seed(seed, *names))
 
 

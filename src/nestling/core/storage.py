@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +20,13 @@ from types import TracebackType
 from typing import Any, Literal, TextIO, TypeVar
 
 import zstandard
+from safetensors import SafetensorError
 
 from nestling.core.errors import UserError
 
 T = TypeVar("T")
 BadRows = Literal["stop", "skip"]
+_TEMPORARY = re.compile(r"\..*\.\d+\.(tmp|old)|\.\d+\.tmp\..*")
 MAX_LINE = 64 * 1024 * 1024  # characters; a longer "line" is a file of another kind
 
 
@@ -49,9 +54,31 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder that nobody else writes into now."""
+    for stale in [path for path in folder.glob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        if stale.is_dir():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON; NaN is refused, since other readers would not take it."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every number inside it that is not finite: JSON has no word for those.
+
+    >>> finite({"loss": [1.0, float("nan")]})
+    {'loss': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -66,13 +93,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"can't be read: {error.strerror}", where=path) from None
     except json.JSONDecodeError as error:
         raise UserError(f"broken JSON in line {error.lineno}: {error.msg}", where=path) from None
+    except UnicodeDecodeError:
+        raise UserError("broken JSON: this is not UTF-8 text", where=path) from None
 
 
-def disk_error(error: OSError, path: Path) -> UserError:
-    """The one-line form of a failed write: disk full, read-only folder, …"""
-    return UserError(
-        f"can't write: {error.strerror or error}", where=path, fix="free space or choose another folder with --out"
-    )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GO_ON = "free some space and run the same command again: what was finished or saved is kept"
+_ELSEWHERE = "choose another folder with --out"
+
+
+def disk_error(error: OSError | SafetensorError, path: Path) -> UserError:
+    """The one-line form of a failed write: disk full, read-only folder, a file where a folder should be, …"""
+    if isinstance(error, SafetensorError):  # "… I/O error: No space left on device (os error 28)"
+        found = re.search(r"os error (\d+)", str(error))
+        error = OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
+    fix = _GO_ON if error.errno in _FULL else _ELSEWHERE
+    return UserError(f"can't be written: {error.strerror or error}", where=path, fix=fix)
 
 
 @contextmanager
@@ -92,7 +128,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 _fsync(file)
         _fsync(temporary)
         _replace_folder(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise disk_error(error, path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -189,7 +225,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise UserError(
                         f"line {number} is longer than {MAX_LINE:,} characters", where=path, fix="split it into lines"
                     )
-                yield number, line.rstrip("\r\n")
+                yield number, line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
         except UnicodeDecodeError as error:
             bad = f"0x{error.object[error.start]:02x}" if error.object else "?"
             raise UserError(
@@ -234,6 +270,8 @@ def _json_object(line: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"broken JSON at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"not usable JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError("a row must be a JSON object", value=line)
     return row

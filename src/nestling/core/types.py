@@ -6,10 +6,10 @@ Rows of files and values in memory are the same thing: `from_row` reads a JSON o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
@@ -31,6 +31,8 @@ class Row(BaseModel):
         """
         try:
             return cls.model_validate(row)
+        except (TypeError, KeyError, AttributeError) as error:  # out of a validator that reads a shape of OpenAI's
+            raise UserError(f"the row has another shape: {error}", fix=f"a row needs {_required(cls)}") from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -155,8 +157,8 @@ class Response(Row):
     """One candidate answer; a higher score is better, rank 1 is best; equal values tie."""
 
     content: str
-    score: float | None = None
-    rank: float | None = None
+    score: float | None = Field(None, allow_inf_nan=False)
+    rank: float | None = Field(None, allow_inf_nan=False)
 
     @property
     def value(self) -> float:
@@ -167,15 +169,28 @@ class Response(Row):
 
 
 class PromptRow(Row):
-    """A prompt to answer, with what is known about the right answer in `meta`."""
+    """A prompt to answer; `meta` holds the tools on offer and what is known about the right answer.
+
+    >>> PromptRow(prompt=(Message(role="user", content="2 + 3?"),), meta={"tools": ["calculator"]}).tools
+    ('calculator',)
+    """
 
     prompt: tuple[Message, ...]
     meta: dict[str, Any] = {}
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Names of the tools on offer."""
+        return tuple(self.meta.get("tools", ()))
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object."""
         row: dict[str, Any] = {"prompt": [message.to_row() for message in self.prompt]}
         return row | ({"meta": self.meta} if self.meta else {})
+
+
+Scorer = Callable[[PromptRow, str], float]
+"""How good a reply to a prompt is, by a program that knows (the embedded world's rubric) or a model that guesses."""
 
 
 class Ranking(PromptRow):

@@ -132,17 +132,15 @@ def measure(
 
 
 def converse(rows: Sequence[PromptRow], engine: Engine, sampling: Sampling, seed: int = 0) -> list[list[str]]:
-    """The assistant's text of every turn of every row; the rows of a turn that share their tools are one batch."""
-    talks = [_Talk(list(row.prompt), list(row.meta.get("turns", ())), tuple(row.meta.get("tools", ()))) for row in rows]
+    """The assistant's text of every turn of every row; the n-th turns of all rows are answered in one batch."""
+    talks = [_Talk(row, list(row.meta.get("turns", ()))) for row in rows]
     turn = 0
     speaking = talks
     while speaking:
-        for tools in sorted({talk.tools for talk in speaking}):
-            group = [talk for talk in speaking if talk.tools == tools]
-            asked = [talk.messages for talk in group]
-            for talk, reply in zip(group, replies(engine, asked, sampling, seed + turn, tools), strict=True):
-                talk.messages = [*talk.messages, *reply.messages]
-                talk.texts.append(reply.text)
+        answers = replies(engine, [talk.so_far for talk in speaking], sampling, seed + turn)
+        for talk, reply in zip(speaking, answers, strict=True):
+            talk.add(*reply.messages)
+            talk.texts.append(reply.text)
         speaking = [talk for talk in talks if talk.go_on()]
         turn += 1
     return [talk.texts for talk in talks]
@@ -150,18 +148,21 @@ def converse(rows: Sequence[PromptRow], engine: Engine, sampling: Sampling, seed
 
 @dataclass
 class _Talk:
-    """A conversation under way: what was said, what the user will still say, the tools on offer."""
+    """A conversation under way: the row with all that was said so far, and what the user will still say."""
 
-    messages: list[Message]
+    so_far: PromptRow
     waiting: list[str]
-    tools: tuple[str, ...]
     texts: list[str] = field(default_factory=list)
+
+    def add(self, *messages: Message) -> None:
+        """Append what was just said."""
+        self.so_far = self.so_far.model_copy(update={"prompt": (*self.so_far.prompt, *messages)})
 
     def go_on(self) -> bool:
         """Let the user speak again; False when nothing is left to say."""
         if not self.waiting:
             return False
-        self.messages = [*self.messages, Message(role="user", content=self.waiting.pop(0))]
+        self.add(Message(role="user", content=self.waiting.pop(0)))
         return True
 
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestling.core.intervals import Interval, bootstrap
-from nestling.core.types import PromptRow
-
-Scorer = Callable[[PromptRow, str], float]
-"""How good a response is; only comparisons between responses to one prompt are used."""
+from nestling.core.types import PromptRow, Scorer
 
 Judge = Callable[[PromptRow, str, str], float]
 """1 when the first response is preferred, 0 when the second is, 0.5 for a tie."""
@@ -50,10 +47,13 @@ def by_score(scorer: Scorer, margin: float = 0.0) -> Judge:
     """A judge that prefers the response with the higher score; scores within ``margin`` of each other tie."""
 
     def judge(row: PromptRow, first: str, second: str) -> float:
-        difference = scorer(row, first) - scorer(row, second)
-        return 0.5 if abs(difference) <= margin else float(difference > 0)
+        return _preferred(scorer(row, first), scorer(row, second), margin)
 
     return judge
+
+
+def _preferred(first: float, second: float, margin: float) -> float:
+    return 0.5 if abs(first - second) <= margin else float(first > second)
 
 
 def in_both_orders(judge: Judge) -> Judge:
@@ -71,7 +71,19 @@ def win_rate(rows: Sequence[PromptRow], first: Sequence[str], second: Sequence[s
     Raises:
         ValueError: the three sequences differ in length, or are empty.
     """
-    points = [judge(row, a, b) for row, a, b in zip(rows, first, second, strict=True)]
+    return _rate([judge(row, a, b) for row, a, b in zip(rows, first, second, strict=True)])
+
+
+def win_rate_by_scores(first: Sequence[float], second: Sequence[float], margin: float = 0.0) -> WinRate:
+    """As `win_rate` with the judge `by_score`, where each response has its score already.
+
+    Raises:
+        ValueError: the two sequences differ in length, or are empty.
+    """
+    return _rate([_preferred(a, b, margin) for a, b in zip(first, second, strict=True)])
+
+
+def _rate(points: list[float]) -> WinRate:
     if not points:
         raise ValueError("no responses to compare")
     ties = sum(point == 0.5 for point in points)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from nestling import tools as toolbox
 from nestling.core.runtime import stream_seed
-from nestling.core.types import Message, ToolCall
+from nestling.core.types import Message, PromptRow, ToolCall
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
@@ -42,25 +42,24 @@ class Reply:
 
 def replies(
     engine: Engine,
-    prompts: Sequence[Sequence[Message]],
+    rows: Sequence[PromptRow],
     sampling: Sampling,
     seed: int,
-    tools: Sequence[str] = (),
     max_rounds: int = MAX_ROUNDS,
 ) -> list[Reply]:
-    """Answer all prompts in one batch; prompt i has its own random stream, derived from (seed, i).
+    """Answer all prompts in one batch; row i has its own random stream, derived from (seed, i).
 
     Args:
-        tools: names of the tools on offer; a call is run and the model goes on with the result.
+        rows: the prompts, each with the tools that it offers; a call is run and the model goes on with the result.
         max_rounds: tool rounds per reply; a further call ends the reply.
 
     Raises:
         UserError: a prompt longer than the context, a tokenizer without chat tokens.
     """
-    loops = [ToolLoop(engine.tokenizer, tools, max_rounds) for _ in prompts]
+    loops = [ToolLoop(engine.tokenizer, row.tools, max_rounds) for row in rows]
     requests = [
-        ask(engine.tokenizer, prompt, sampling, stream_seed(seed, "reply", i), loop)
-        for i, (prompt, loop) in enumerate(zip(prompts, loops, strict=True))
+        ask(engine.tokenizer, row.prompt, sampling, stream_seed(seed, "reply", i), loop)
+        for i, (row, loop) in enumerate(zip(rows, loops, strict=True))
     ]
     completions = engine.generate(requests)
     return [loop.reply(completion, sampling) for loop, completion in zip(loops, completions, strict=True)]

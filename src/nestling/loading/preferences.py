@@ -120,7 +120,7 @@ class RankingLoader:
         self.order = EpochOrder(self.row_count, seed, "rankings")
 
     def _group(self, number: int, ranking: Ranking) -> _Group | None:
-        tools = ranking.meta.get("tools", ())
+        tools = ranking.tools
         prompt = render(self._tokenizer, ranking.prompt, tools, prompt=True).ids
         kept: list[tuple[list[int], float]] = []
         for response in ranking.responses:

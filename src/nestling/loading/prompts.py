@@ -33,7 +33,7 @@ class Prompt:
 class PromptLoader:
     """Batches of `batch_rows` prompts; `batch(step)` depends on the seed and the step alone.
 
-    Tools on offer are read from a row's `meta["tools"]`, when it has any.
+    A prompt is rendered with the tools that its row offers.
 
     Args:
         context: the model's context length.
@@ -52,7 +52,7 @@ class PromptLoader:
         self.dropped = 0
         self._prompts: list[tuple[int, list[int], PromptRow]] = []
         for number, row in enumerate(rows):
-            ids = render(tokenizer, row.prompt, row.meta.get("tools", ()), prompt=True).ids
+            ids = render(tokenizer, row.prompt, row.tools, prompt=True).ids
             if len(ids) <= self.most:
                 self._prompts.append((number, ids, row))
             elif too_long == "error":

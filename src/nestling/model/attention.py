@@ -14,18 +14,19 @@ from nestling.model.norms import RMSNorm
 from nestling.model.positions import Rotation, rotate
 
 EXPLICIT_CPU_TOKENS = 1024
-"""Up to this many keys, a CPU is faster with attention written out in strips than with the fused kernel's backward.
+"""Up to this many keys, a CPU trains faster with attention written out in strips of queries than with the fused kernel.
 
-Forward and backward in ms, compiled / eager, 8192 tokens, 4 heads of 64, bf16, 2 cores of an AMD EPYC (Zen 5),
-tests/model/measure_attention.py:
+Forward and backward in ms, compiled / eager, 8192 tokens, 4 heads of 64, bf16, 2 cores of an AMD EPYC (Zen 5) that others
+used too, `python tests/model/measure_attention.py`, torch 2.13, November 2026:
 
-      T    whole square   strips of 128      fused
-    128     26 /  22       26 /  22        60 /  75
-    256     48 /  72       29 /  37        51 /  65
-    512    145 / 197       61 /  61       101 /  91
-   1024    206 / 402        –            116 / 108
+       T     square     strips of 64    strips of 128      fused
+     128    20 /  47      15 /  22        19 /  46       49 /  65
+     256    89 /  95      48 /  34        57 /  47       83 /  54
+     512   113 / 214      42 /  80        47 /  81       84 /  99
+    1024   243 / 410      80 / 135        81 / 139      108 / 108
+    2048   537 / 731     173 / 294       149 / 239      196 / 181
 """
-STRIP = 128
+SHORTEST_STRIP, MOST_STRIPS = 64, 8
 
 
 class Scene(NamedTuple):
@@ -79,7 +80,9 @@ def attend(
         bias = None if mask is None else mask.to(k.dtype)
         return F.scaled_dot_product_attention(q.to(k.dtype), k, v, bias, dropout, mask is None, enable_gqa=True)
     mask = causal_mask(q.shape[2], q.device) if mask is None else mask
-    return in_strips(q, k, v, mask, dropout, STRIP) if aligned else _explicit(q, k, v, mask, dropout)
+    if not aligned:
+        return _explicit(q, k, v, mask, dropout)
+    return in_strips(q, k, v, mask, dropout, max(SHORTEST_STRIP, -(-q.shape[2] // MOST_STRIPS)))
 
 
 def in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, strip: int) -> Tensor:

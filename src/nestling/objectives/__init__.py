@@ -1,7 +1,7 @@
 """What can be learnt: each file of this folder is one objective, named by its file.
 
 An objective file offers
-    READS: tuple[str, ...]                    roles of `materials.Materials.model` that it needs
+    READS: tuple[str, ...]                    roles of `_materials.Materials.model` that it needs
     Settings(Config)                          its settings
     build(settings, materials) -> Objective   the real thing
     toy(seed, microbatches=1) -> Objective    the same code on a model and data of seconds; every update is split into

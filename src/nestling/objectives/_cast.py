@@ -1,8 +1,8 @@
-"""Who takes part in PPO, and what they say about a batch of replies: each model reads each reply once."""
+"""Who takes part in learning from replies, and what they say about a batch: each model reads each reply once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -10,18 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nestling.core.types import PromptRow
+from nestling.core.errors import UserError
+from nestling.core.types import PromptRow, Scorer
 from nestling.loading.batches import TokenBatch
 from nestling.loading.prompts import PromptLoader
+from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import Decoder
+from nestling.model.heads import Scored
 from nestling.model.likelihood import token_logprobs
 from nestling.objectives._episodes import Episode, closed, pad
+from nestling.objectives._materials import Materials
 from nestling.objectives._returns import divergence
 from nestling.objectives._scoring import by_length, pad_ids
 from nestling.tokenizer.bpe import Tokenizer
-
-Scorer = Callable[[PromptRow, str], float]
-"""The true quality of a reply, where it is known (the embedded world's rubric). Reported, never learnt from."""
 
 
 class Texts(Protocol):
@@ -33,16 +34,16 @@ class Texts(Protocol):
 
 @dataclass
 class Cast:
-    """The models and the data. ``reward`` and ``value`` map ids ``[B, T]`` to numbers ``[B, T]``.
+    """The models and the data. ``reward`` maps ids ``[B, T]`` to numbers ``[B, T]``.
 
-    ``reward`` and ``reference`` stay as they are; ``policy`` acts and learns, ``value`` learns. ``held_out`` prompts
-    are answered in validation only. ``texts`` is needed only for PPO-ptx.
+    ``policy`` acts and learns, ``reward`` and ``reference`` stay as they are. ``held_out`` prompts are answered in
+    validation only. ``texts`` is needed only for PPO-ptx. ``scorer`` knows the true quality of a reply, where it is
+    known (the embedded world's rubric): reported, never learnt from.
     """
 
     policy: Decoder
     reference: Decoder
     reward: nn.Module
-    value: nn.Module
     tokenizer: Tokenizer
     prompts: PromptLoader
     held_out: Sequence[PromptRow] = ()
@@ -104,7 +105,7 @@ def score(cast: Cast, episodes: Sequence[Episode], *, end: int, temperature: flo
         actions=actions,
         logprobs=acted,
         log_ratios=acted - logprobs(cast.reference),
-        proxy=_proxy(cast, episodes, end, budget),
+        proxy=reward_scores(cast, [closed(episode, end, cast.policy.config.context) for episode in episodes], budget),
         ended=torch.tensor([episode.ended for episode in episodes], device=cast.device),
         truth=[cast.scorer(episode.row, episode.text) for episode in episodes] if cast.scorer else [],
     )
@@ -115,11 +116,9 @@ def action_targets(tokens: Tensor, actions: Tensor) -> Tensor:
     return torch.where(actions, tokens.roll(-1, dims=1), -1)
 
 
-def _proxy(cast: Cast, episodes: Sequence[Episode], end: int, budget: int) -> Tensor:
-    """The reward model's score ``[N]``, read at the token that closes each reply."""
-    context = cast.policy.config.context
-    tokens, lengths = pad_ids([closed(episode, end, context) for episode in episodes], end)
-    tokens, lengths = tokens.to(cast.device), lengths.to(cast.device)
+def reward_scores(cast: Cast, replies: Sequence[Sequence[int]], budget: int) -> Tensor:
+    """The reward model's score ``[N]`` of whole token sequences, read at their last token, which closes the reply."""
+    tokens, lengths = (x.to(cast.device) for x in pad_ids(replies, 0))
     scores = by_length(cast.reward, lengths, budget, tokens)
     return scores.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
 
@@ -134,3 +133,39 @@ class Shifted(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids ``[B, T]`` -> scores ``[B, T]`` float32."""
         return self.model(ids) - self.mean
+
+
+def scored(found: Checkpoint) -> Shifted:
+    """A reward model as a module of scores, minus the "reward_mean" that its provenance may hold.
+
+    Raises:
+        UserError: the checkpoint has no scalar head.
+    """
+    if found.head is None:
+        raise UserError("this checkpoint has no scalar head", where="reward", fix="train it with the reward stage")
+    return Shifted(Scored(found.model, found.head), float(found.provenance.get("reward_mean", 0.0)))
+
+
+def assemble(materials: Materials) -> Cast:
+    """The cast of `materials`: models "policy" (also the reference) and "reward".
+
+    Given: "prompts" (a PromptLoader), and where there are any "held_out" (PromptRows), "texts" (a loader, for PPO-ptx)
+    and "scorer".
+
+    Raises:
+        UserError: the reward model has no scalar head, or another tokenizer than the policy.
+    """
+    policy, reward = materials.model("policy"), materials.frozen("reward")
+    judge = scored(reward)
+    if reward.tokenizer.hash != policy.tokenizer.hash:
+        raise UserError("policy and reward model have different tokenizers", where="reward")
+    return Cast(
+        policy=policy.model,
+        reference=materials.frozen("policy").model,
+        reward=judge,
+        tokenizer=policy.tokenizer,
+        prompts=materials.need("prompts"),
+        held_out=materials.given.get("held_out", ()),
+        texts=materials.given.get("texts"),
+        scorer=materials.given.get("scorer"),
+    )

@@ -38,18 +38,14 @@ class Episode:
 def collect(
     engine: Engine, tokenizer: Tokenizer, rows: Sequence[PromptRow], sampling: Sampling, seed: int
 ) -> list[Episode]:
-    """One reply to every row, in order, through the engine; rows that offer the same tools share a batch."""
-    episodes: list[Episode | None] = [None] * len(rows)
-    offers = [tuple(row.meta.get("tools", ())) for row in rows]
-    for tools in sorted(set(offers)):
-        places = [i for i, offer in enumerate(offers) if offer == tools]
-        answers = replies(engine, [list(rows[i].prompt) for i in places], sampling, seed, tools)
-        for i, answer in zip(places, answers, strict=True):
-            prompt = render(tokenizer, rows[i].prompt, tools, prompt=True).ids
-            done = answer.completion
-            ended = done.ids[-1] == tokenizer.id(TURN_END)
-            episodes[i] = Episode(rows[i], prompt, list(done.ids), list(done.sampled), answer.text, ended)
-    return [episode for episode in episodes if episode is not None]
+    """One reply to every row, in order, through the engine."""
+    episodes = []
+    for row, answer in zip(rows, replies(engine, rows, sampling, seed), strict=True):
+        prompt = render(tokenizer, row.prompt, row.tools, prompt=True).ids
+        done = answer.completion
+        ended = done.ids[-1] == tokenizer.id(TURN_END)
+        episodes.append(Episode(row, prompt, list(done.ids), list(done.sampled), answer.text, ended))
+    return episodes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO on padded rollouts: penalties, advantages, clipped losses, divergence estimates.
+"""The arithmetic of learning from padded replies: penalties, advantages, clipped losses, divergence estimates.
 
 Pure functions on tensors of shape ``[B, T]`` (B sequences, T positions). ``actions`` is a boolean mask: true where the
 target of a position was *sampled* by the policy. Prompt, tool results and padding are false, and every function skips

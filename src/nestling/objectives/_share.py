@@ -1,9 +1,9 @@
-"""Which part of a batch belongs to this process."""
+"""What one process among several needs: its part of a batch, and figures of all of them."""
 
 from __future__ import annotations
 
 from nestling.core.errors import UserError
-from nestling.core.ranks import rank, world_size
+from nestling.core.ranks import rank, sum_over_ranks, world_size
 
 
 def own_share(count: int, what: str) -> tuple[int, int]:
@@ -17,3 +17,9 @@ def own_share(count: int, what: str) -> tuple[int, int]:
         raise UserError("the processes can't share this equally", where=what, value=count, fix=fix)
     size = count // world_size()
     return rank() * size, (rank() + 1) * size
+
+
+def mean_over_ranks(figures: dict[str, float]) -> dict[str, float]:
+    """Each figure averaged over the ranks, which hold equally many items: all of them then decide alike."""
+    total = sum_over_ranks(figures | {"ranks": 1.0})
+    return {name: total[name] / total["ranks"] for name in figures}

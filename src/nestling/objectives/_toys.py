@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from nestling.core.runtime import python_stream, torch_stream
 from nestling.core.types import Message, PromptRow, Ranking, Response
 from nestling.loading.batches import TokenBatch
+from nestling.loading.prompts import PromptLoader
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder, build
+from nestling.objectives._cast import Cast
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import CHAT
 
 LETTERS = "abcdefgh"
+POLICY: dict[str, Any] = {
+    "rollouts": 16, "max_tokens": 8, "beta": 0.01, "kl_target": None, "kl_budget": None, "text_weight": 0.01,
+}  # fmt: skip
+"""Settings of any on-policy objective for the toy `cast`."""
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -72,3 +80,12 @@ class Taste(nn.Module):
         """ids ``[B, T]`` -> scores ``[B, T]``."""
         places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         return 4 * (ids % 2 == 0).float().cumsum(dim=1) / places
+
+
+def cast(seed: int, prompts: int) -> Cast:
+    """A two-layer policy for `Taste`, asked so many letter prompts per step, with the alphabet as its text."""
+    tokenizer = byte_tokenizer()
+    policy, reference = (small_decoder(tokenizer, seed) for _ in range(2))
+    rows = letter_prompts(28, seed)
+    loader = PromptLoader(rows[:20], tokenizer, policy.config.context, prompts, seed, reserve=POLICY["max_tokens"])
+    return Cast(policy, reference, Taste(), tokenizer, loader, held_out=rows[20:], texts=Alphabet())

@@ -104,6 +104,8 @@ class Reward(Objective):
     ``held_out`` is judged in validation; ``truth`` are the same rankings in the same order with noise-free grades.
     """
 
+    fixed_shapes = False
+
     def __init__(
         self,
         settings: Settings,

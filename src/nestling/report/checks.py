@@ -50,7 +50,7 @@ def _not_finite(stage: StageRecord) -> Iterator[Finding]:
 def _diverged(stage: StageRecord) -> Iterator[Finding]:
     """The loss ended clearly above the best it had been; policies are left out, whose loss has no floor to fall to."""
     points = smooth(stage.series("loss"))
-    if stage.kind == "ppo" or len(points) < ENOUGH:
+    if stage.trains_policy or len(points) < ENOUGH:
         return
     step, best = min(points, key=lambda point: point[1])
     last = points[-1][1]
@@ -62,7 +62,7 @@ def _diverged(stage: StageRecord) -> Iterator[Finding]:
 def _plateau(stage: StageRecord) -> Iterator[Finding]:
     """Nothing was learnt at all; a curve that has flattened after learning is how training ends."""
     points = smooth(stage.series("loss"))
-    if stage.kind == "ppo" or len(points) < ENOUGH:
+    if stage.trains_policy or len(points) < ENOUGH:
         return
     first, last = points[0][1], points[-1][1]
     if abs(first - last) < 0.01 * abs(first):

@@ -53,7 +53,8 @@ def plots(run: Run) -> list[Plot]:
     """Every plot that the run has numbers for, in the order of its stages."""
     found = []
     for stage in run.stages:
-        special = {"pretrain": _pretrain, "reward": _reward, "ppo": _ppo}.get(stage.kind, _loss_only)
+        usual = _policy if stage.trains_policy else _loss_only
+        special = {"pretrain": _pretrain, "reward": _reward}.get(stage.kind, usual)
         found += [plot for plot in special(stage) if any(len(curve.points) > 1 for curve in plot.curves)]
     return found
 
@@ -82,7 +83,7 @@ def _reward(stage: StageRecord) -> Iterator[Plot]:
     yield Plot(stage.name, "Loss", "nats per pair", losses)
 
 
-def _ppo(stage: StageRecord) -> Iterator[Plot]:
+def _policy(stage: StageRecord) -> Iterator[Plot]:
     yield Plot(stage.name, "Reward while learning", "mean per answer", _rewards(stage, "", noisy=True))
     yield Plot(stage.name, "Reward on held-out prompts", "mean per answer", _rewards(stage, "val_", noisy=False))
     budget = stage.setting("kl_budget")

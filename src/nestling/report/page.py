@@ -21,7 +21,7 @@ SYNTHETIC = (
     "This run learnt from the embedded world, a synthetic test bench whose facts are generated and known. "
     "Its figures show that the road works; they say nothing about real text, which goes through the same commands."
 )
-MODEL_NAMES = {"base": "base model", "sft": "after SFT", "ppo": "after PPO"}
+MODEL_NAMES = {"base": "base model", "sft": "after SFT", "ppo": "after PPO", "aligned": "after alignment"}
 NOTHING = '<i class="soft">nothing</i>'
 MOST_SAMPLES = 12
 NOT_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")

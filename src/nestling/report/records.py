@@ -12,6 +12,8 @@ from nestling.core.errors import UserError
 from nestling.core.metrics import read_metrics
 from nestling.core.storage import read_json
 
+POLICY_STAGES = ("align", "ppo")
+"""Files of `stages/` in which a policy learns from rewards."""
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -39,6 +41,11 @@ class StageRecord:
     rows: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
     failures: list[Row] = field(default_factory=list)
+
+    @property
+    def trains_policy(self) -> bool:
+        """Whether a policy learnt from rewards here: its loss has no floor to fall to, its curves are others."""
+        return self.kind in POLICY_STAGES
 
     def series(self, name: str) -> Points:
         """(step, value) of one logged number, without the rows that lack it or where it was not finite."""

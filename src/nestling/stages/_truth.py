@@ -7,8 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from nestling.core.config import Config
-from nestling.core.types import PromptRow
-from nestling.evaluation.preferences import Scorer
+from nestling.core.types import PromptRow, Scorer
 from nestling.world import World
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -16,9 +15,9 @@ from nestling.core.pipeline import StageContext
 from nestling.core.registry import find
 from nestling.core.runtime import stream_seed
 from nestling.core.storage import write_rows
-from nestling.core.types import PromptRow
+from nestling.core.types import PromptRow, Scorer
 from nestling.evaluation.capabilities import converse
-from nestling.evaluation.preferences import Scorer, by_score, mean_score, win_rate
+from nestling.evaluation.preferences import mean_score, win_rate_by_scores
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.loading.prompts import PromptLoader
@@ -27,6 +26,7 @@ from nestling.loading.text import TextLoader
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import Decoder
+from nestling.objectives._on_policy import OnPolicy, PolicySettings
 from nestling.stages._training import TrainingStage, figures, materials, optimise, read_split, save_model
 from nestling.stages._truth import WorldSettings, rubric_scorer
 from nestling.tokenizer.conversation import render
@@ -63,18 +63,18 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     return align(module, parse(module.Settings, settings.settings, "settings"), settings, context)
 
 
-def align(module: ModuleType, chosen: Any, settings: Comparison, context: StageContext) -> dict[str, Any]:
+def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, context: StageContext) -> dict[str, Any]:
     """Optimise, take the best policy within the KL budget, compare it with the policy it started from.
 
     Args:
-        module: the file of objectives/, whose objective keeps `policy`, `restore_best()` and `proxy_scorer()`.
-        chosen: that objective's settings, with `rollouts`, `max_tokens` and `text_weight`.
+        module: a file of objectives/ whose objective is an `OnPolicy`.
+        chosen: that objective's settings.
     """
     start = checkpoint.load(materials(context).path("policy"), context.runtime.device)
     train, held_out = (read_split(context.reads["prompts"], split, PromptRow) for split in ("train", "val"))
     size = start.model.config.context
     loader = PromptLoader(
-        train, start.tokenizer, size, chosen.rollouts, context.seed, reserve=chosen.max_tokens, too_long="drop"
+        train, start.tokenizer, size, chosen.prompts, context.seed, reserve=chosen.max_tokens, too_long="drop"
     )
     scorer = rubric_scorer(settings.world, context.seed) if settings.world else None
     fitting = [row for row in held_out if _fits(row, start, chosen.max_tokens)]
@@ -82,49 +82,54 @@ def align(module: ModuleType, chosen: Any, settings: Comparison, context: StageC
     if chosen.text_weight and "tokens" in context.reads:
         shards = Shards.open(context.reads["tokens"] / "train")
         given["texts"] = TextLoader(shards, size, settings.text_rows, stream_seed(context.seed, "ptx"))
-    objective = module.build(chosen, materials(context, **given))
+    objective: OnPolicy = module.build(chosen, materials(context, **given))
     result = optimise(objective, settings.training, context)
     best = objective.restore_best()
     test = fitting[settings.held_out : settings.held_out + settings.test]
-    report = {**figures(result), **best, **_compare(settings, chosen, context, objective, test), "bars": settings.bars}
+    compared = _compare(settings, context, objective, test, scorer)
+    report = {**figures(result), **best, **compared, "bars": settings.bars}
     save_model(context, objective.policy, start.tokenizer, report)
     return report
 
 
 def _fits(row: PromptRow, start: Checkpoint, reserve: int) -> bool:
-    ids = render(start.tokenizer, row.prompt, row.meta.get("tools", ()), prompt=True).ids
+    ids = render(start.tokenizer, row.prompt, row.tools, prompt=True).ids
     return len(ids) + reserve <= start.model.config.context
 
 
 def _compare(
-    settings: Comparison, chosen: Any, context: StageContext, objective: Any, test: list[PromptRow]
+    settings: Comparison, context: StageContext, objective: OnPolicy, test: list[PromptRow], truth: Scorer | None
 ) -> dict[str, Any]:
     """Win rate and rewards on prompts that neither training nor the choice of the best policy has seen."""
     if not test:
         return {}
     start = checkpoint.load(materials(context).path("policy"), context.runtime.device)
-    sampling = Sampling(temperature=settings.test_temperature, max_tokens=chosen.max_tokens)
+    sampling = Sampling(temperature=settings.test_temperature, max_tokens=objective.settings.max_tokens)
     seed = stream_seed(context.seed, "comparison")
 
     def answers(model: Decoder) -> list[str]:
         return [texts[-1] for texts in converse(test, Engine(model, start.tokenizer, rows=64), sampling, seed)]
 
+    def judged(texts: list[str]) -> dict[str, list[float]]:
+        scores = {"proxy_reward": objective.proxy_scores(test, texts)}
+        return scores | ({"true_reward": list(map(truth, test, texts))} if truth else {})
+
     ours, theirs = answers(objective.policy), answers(start.model)
-    proxy, truth = objective.proxy_scorer(), rubric_scorer(settings.world, context.seed) if settings.world else None
+    new, old = judged(ours), judged(theirs)
+    judge = "true_reward" if truth else "proxy_reward"
     found: dict[str, Any] = {
-        "win_rate_vs_sft": win_rate(test, ours, theirs, by_score(truth or proxy)).to_row(),
+        "win_rate_vs_sft": win_rate_by_scores(new[judge], old[judge]).to_row(),
         "judge": "rubric" if truth else "reward model",
     }
-    for name, scorer in (("proxy_reward", proxy), ("true_reward", truth)):
-        if scorer:
-            found[name] = mean_score([scorer(row, text) for row, text in zip(test, ours, strict=True)]).to_row()
-            found[f"{name}_sft"] = mean_score([scorer(r, t) for r, t in zip(test, theirs, strict=True)]).to_row()
-    write_rows(context.folder / "comparison.jsonl", _rows(test, ours, theirs, truth or proxy))
+    for name in new:
+        found |= {name: mean_score(new[name]).to_row(), f"{name}_sft": mean_score(old[name]).to_row()}
+    rows = zip(test, ours, theirs, new[judge], old[judge], strict=True)
+    write_rows(context.folder / "comparison.jsonl", map(_row, rows))
     return found
 
 
-def _rows(test: list[PromptRow], ours: list[str], theirs: list[str], judge: Scorer) -> Iterator[dict[str, Any]]:
-    """Both answers to every test prompt, for whoever wants to read them."""
-    for row, new, old in zip(test, ours, theirs, strict=True):
-        prompt = [message.to_row() for message in row.prompt]
-        yield {"prompt": prompt, "aligned": new, "start": old, "scores": [judge(row, new), judge(row, old)]}
+def _row(compared: tuple[PromptRow, str, str, float, float]) -> dict[str, Any]:
+    """Both answers to a test prompt and their scores, for whoever wants to read them."""
+    row, new, old, *scores = compared
+    prompt = [message.to_row() for message in row.prompt]
+    return {"prompt": prompt, "aligned": new, "start": old, "scores": scores}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nestling.core.config import Config
+from nestling.core.errors import UserError
 from nestling.core.pipeline import StageContext
+from nestling.core.registry import find
 from nestling.core.storage import write_rows
 from nestling.core.types import Message, PromptRow
 from nestling.evaluation.capabilities import TaskSettings, converse, exam, measure
@@ -21,7 +23,7 @@ from nestling.stages._truth import WorldSettings
 from nestling.tokenizer.special import TURN_END
 
 VERSION = 1
-READS = {"base?": "pretrain", "sft?": "sft", "ppo?": "ppo"}
+READS = {"base?": "pretrain", "sft?": "sft", "ppo?": "ppo", "aligned?": "align"}
 
 
 class Settings(Config):
@@ -32,6 +34,14 @@ class Settings(Config):
     max_tokens: int = Field(96, ge=1, description="Longest reply.")
     rows: int = Field(64, ge=1, description="Replies decoded together.")
     prompts: tuple[str, ...] = Field((), description="Prompts answered by every model, for the report.")
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> Settings:
+        for name in self.tasks:
+            find("tasks", name)
+        if self.tasks and self.world is None:
+            raise UserError("the tasks ask for facts of a world, and none is given", where="world", fix="set world: {}")
+        return self
 
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:

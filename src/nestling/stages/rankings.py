@@ -16,7 +16,9 @@ __all__ = ["READS", "VERSION", "Settings", "files", "run"]
 class Settings(DataStage):
     """The sources and what a bad row does."""
 
+    KIND = "rankings"
+
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     """Write train.jsonl and val.jsonl."""
-    return draw("rankings", settings, context)
+    return draw(settings, context)

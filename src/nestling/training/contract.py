@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -62,6 +62,9 @@ class Objective(ABC):
     exactly as it is learnt from. Anything random is drawn from streams named by (seed, step), never from state that a
     resumed run would lack; state that must survive a restart (an adaptive coefficient) goes through `state_dict`.
     """
+
+    fixed_shapes: ClassVar[bool] = True
+    """Whether every microbatch has the same shape. `compile: auto` leaves others alone: each width compiles anew."""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Module]:

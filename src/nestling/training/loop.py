@@ -116,10 +116,11 @@ class _Loop:
         self.peaks = [[part["lr"] for part in optimizer.param_groups] for optimizer in self.optimizers]
         self.schedule = find("training.schedules", settings.schedule).multiplier
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=self.weights.dtype == torch.float16)
-        self.compiler = Compiler(settings.compile, self.modules, folder / "resume" / "compile.json", self.say)
+        choice = "off" if settings.compile == "auto" and not objective.fixed_shapes else settings.compile
+        self.compiler = Compiler(choice, self.modules, folder / "resume" / "compile.json", self.say)
         self.run = Run(objective, settings, folder, runtime, lambda: self.weights.context(runtime.device), self.save)
         self.utilisation = 0.0
-        self._peak: float | None = None
+        self._peak = 0.0  # FLOP/s
         self._learning = 0.0  # seconds in steps, without hooks
 
     def say(self, text: str) -> None:
@@ -142,8 +143,9 @@ class _Loop:
                     hook.on_step(run)
                 run.seconds += time.perf_counter() - begun
                 progress.advance(1, **{name: run.row[name] for name in SHOWN})
-                if asked and not run.last:
-                    self.save()
+                if asked:
+                    if not run.last:  # the last step has been saved already
+                        self.save()
                     raise Interrupted(
                         f"stopped by {asked[0]} after step {run.step} of {self.settings.steps}, saved; "
                         "run the same command again to go on"
@@ -227,7 +229,7 @@ class _Loop:
         run.step, run.tokens = step, run.tokens + tokens
         run.stopped = self.objective.finished()
         self._learning += seconds
-        self.utilisation = tokens * self.flops_per_token() / seconds / self.peak()
+        self.utilisation = self.share_of_peak(tokens / seconds)
         run.row = {
             "step": step,
             **numbers,
@@ -244,11 +246,16 @@ class _Loop:
         """The objective's figure, or 6 per trainable parameter."""
         return self.objective.flops_per_token() or 6.0 * sum(p.numel() for p in self.weights.masters.values())
 
-    def peak(self) -> float:
-        """Measured FLOP/s of this machine in the training dtype; measured once."""
-        if self._peak is None:
-            self._peak = measured_peak(Runtime(self.runtime.device, self.weights.dtype, self.runtime.threads))
-        return self._peak
+    def share_of_peak(self, tokens_per_second: float) -> float:
+        """FLOP/s beside the most this machine was seen to do in the training dtype; at most 1.
+
+        Measured at the first call, and again whenever training is faster: other work had slowed the measurement down.
+        """
+        reached = tokens_per_second * self.flops_per_token()
+        if not self._peak or reached > self._peak:
+            again = measured_peak(Runtime(self.runtime.device, self.weights.dtype, self.runtime.threads))
+            self._peak = max(self._peak, again, reached)
+        return reached / self._peak
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -304,8 +311,7 @@ class _Loop:
         run, log = self.run, self.folder / "metrics.jsonl"
         rate = run.tokens / self._learning if self._learning else 0.0
         history = read_metrics(log) if log.exists() else []
-        used = rate * self.flops_per_token() / self.peak()
-        return TrainResult(run.step, run.tokens, run.seconds, rate, used, history, run.stopped)
+        return TrainResult(run.step, run.tokens, run.seconds, rate, self.share_of_peak(rate), history, run.stopped)
 
 
 @contextmanager

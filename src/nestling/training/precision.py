@@ -15,13 +15,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nestling.core.runtime import DTYPES, Runtime
+from nestling.core.runtime import Runtime, named_dtype
 from nestling.training.parameters import named_parameters
 
 
 def training_dtype(precision: str, runtime: Runtime) -> torch.dtype:
     """The dtype that a `precision` setting means on this runtime."""
-    return runtime.dtype if precision == "auto" else DTYPES[precision]
+    return runtime.dtype if precision == "auto" else named_dtype(precision)
 
 
 class Weights:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from nestling.core.errors import UserError
-from nestling.core.storage import atomic_folder, content_hash, disk_error
+from nestling.core.storage import atomic_folder, content_hash
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -34,13 +34,10 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 2) -> Pa
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "", tensors)
     path = folder / f"step-{step:08d}"
-    try:
-        with atomic_folder(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary / TENSORS)
-            record = {"step": step, "hash": content_hash(temporary / TENSORS), "state": tree}
-            (temporary / STATE).write_text(json.dumps(record), encoding="utf-8")
-    except SafetensorError as error:
-        raise disk_error(OSError(str(error)), path) from None
+    with atomic_folder(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary / TENSORS)
+        record = {"step": step, "hash": content_hash(temporary / TENSORS), "state": tree}
+        (temporary / STATE).write_text(json.dumps(record), encoding="utf-8")
     for old in saved(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     for stale in folder.glob(".step-*"):  # of a process that was killed while writing

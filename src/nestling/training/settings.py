@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nestling.core.config import Config
+from nestling.core.registry import find
 
 
 class TrainSettings(Config):
@@ -41,3 +42,15 @@ class TrainSettings(Config):
     validate_every: int = Field(default=0, ge=0, description="Steps between validations; 0 validates only at the end.")
     save_every: float = Field(default=60.0, ge=0, description="Seconds between saved states; 0 saves after every step.")
     keep: int = Field(default=2, ge=1, description="How many saved states are kept.")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        find("training.optimizers", name)
+        return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, name: str) -> str:
+        find("training.schedules", name)
+        return name
