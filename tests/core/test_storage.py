@@ -74,7 +74,7 @@ def test_a_truncated_archive_is_named(tmp_path: Path, ending: str, compress: Cal
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\nb\xffd\n")
-    with pytest.raises(UserError, match="not UTF-8 text after line"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         list(storage.read_lines(tmp_path / "a.txt"))
 
 

@@ -132,6 +132,11 @@ def test_each_prompt_has_its_own_stream(engine: Engine) -> None:
 # ---- sessions ----
 
 
+def test_a_session_with_an_unknown_tool_is_refused(engine: Engine) -> None:
+    with pytest.raises(UserError, match="did you mean 'calculator'"):
+        ChatSession(engine, tools=("calculater",))
+
+
 def session(engine: Engine, *ids: int, **changes: object) -> ChatSession:
     return ChatSession(engine, sampling=writes(*ids), tools=("calculator",), **changes)
 

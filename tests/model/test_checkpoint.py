@@ -201,3 +201,50 @@ def test_saving_replaces_a_checkpoint(folder: Path, tokenizer: Tokenizer) -> Non
     checkpoint.save(folder, tiny(tokenizer, n_layers=3), tokenizer, {"round": 2})
     read = checkpoint.load(folder)
     assert (read.model.config.n_layers, read.provenance) == (3, {"round": 2})
+
+
+PARALLEL = '''
+"""Attention and feed-forward side by side, as in GPT-J and PaLM."""
+
+from nestling.model.block import Block
+from nestling.model.config import DecoderConfig
+from nestling.model.decoder import Decoder
+
+REFERENCE = None
+
+
+class Config(DecoderConfig):
+    architecture: str = "my_lab.parallel"
+
+
+class ParallelBlock(Block):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.feed_forward_norm
+
+    def forward(self, x, scene, memory=None):
+        normed = self.attention_norm(x)
+        return x + self.attention(normed, scene, memory) + self.feed_forward(normed)
+
+
+def build(config):
+    return Decoder(config, ParallelBlock)
+
+
+def tiny():
+    return Config(vocab_size=97, context=32, d_model=32, n_layers=2, n_heads=4)
+'''
+
+
+@torch.no_grad()
+def test_an_architecture_is_one_file_even_outside(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "parallel.py").write_text(PARALLEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = tiny(tokenizer, architecture="my_lab.parallel").eval()
+    assert type(model.blocks[0]).__name__ == "ParallelBlock"
+    checkpoint.save(tmp_path / "m", model, tokenizer)
+    ids = torch.randint(0, 200, (2, 9))
+    assert torch.equal(checkpoint.load(tmp_path / "m").model(ids), model(ids))

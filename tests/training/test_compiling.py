@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toys import Blocks, Toy
+from toy_objective import Blocks, Toy
 
 from nestling.core.runtime import detect
 from nestling.training import compiling

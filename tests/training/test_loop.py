@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toys import Toy
+from toy_objective import Toy
 
 from nestling.core.errors import UserError
 from nestling.core.runtime import Runtime, detect

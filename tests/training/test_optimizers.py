@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Blocks
+from toy_objective import Blocks
 
 from nestling.core.registry import find, names
 from nestling.core.runtime import detect

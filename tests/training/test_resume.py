@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from toys import Toy
+from toy_objective import Toy
 
 from nestling.core.errors import Interrupted, UserError
 from nestling.core.runtime import detect

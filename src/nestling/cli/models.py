@@ -20,11 +20,13 @@ ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A run, che
 
 def chat(
     model: ModelArgument,
+    tool: Annotated[list[str] | None, typer.Option(help="A file of tools/ to offer; may be given again.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     scripted: Annotated[bool, typer.Option("--scripted", help="Print a short scripted conversation.")] = False,
 ) -> None:
     """Talk to a model in the terminal."""
-    run_chat(model, ChatOptions(device=device, scripted=scripted or None))
+    tools = tuple(tool or ChatOptions.tools)
+    run_chat(model, ChatOptions(tools=tools, device=device, scripted=scripted or None))
 
 
 def generate(
@@ -43,7 +45,7 @@ def generate(
     found = open_writer(model, device)
     engine = Engine(found.model, found.tokenizer)
     given = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens}
-    sampling = parse(Sampling, given, "--")
+    sampling = parse(Sampling, given, "generate")
     ids = [found.tokenizer.end_of_text, *found.tokenizer.encode(prompt)]
     for done in engine.generate([Request(ids, sampling, seed + place) for place in range(count)]):
         print(f"{prompt}{done.text}", end="\n" if count == 1 else "\n\n")

@@ -81,7 +81,7 @@ def plan(recipe: Recipe, out: Path, until: str | None = None) -> list[Plan]:
 
 
 def _plan_stage(spec: StageSpec, seed: int, out: Path, earlier: Mapping[str, Plan]) -> Plan:
-    module = find("stages", spec.stage)
+    module = find("stages", spec.stage, f"{spec.name}.stage")
     settings = parse(module.Settings, spec.settings, spec.name)
     folders: dict[str, Path] = {}
     keys: dict[str, str] = {}
@@ -185,6 +185,7 @@ def _step_aside(folder: Path) -> None:
     """
     record = finished(folder)
     if record is None:
+        sweep(folder)
         if not (folder / "started.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
             fix = "choose another folder with --out, or move it away"
             raise UserError("in the way of a stage, and not made by a run", where=folder, fix=fix)

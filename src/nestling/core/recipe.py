@@ -60,7 +60,7 @@ class Recipe(Config):
 
 def _folder_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError("a name that becomes a folder's", value=name, fix="use letters, digits, dots, - and _")
+        raise UserError("this can't be the name of a folder", value=name, fix="use letters, digits, dots, - and _")
     return name
 
 
@@ -114,7 +114,7 @@ def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals:
         fix = "write it as stage.key=value"
         raise UserError("an override has the form key=value", where="--set", value=override, fix=fix)
-    where = f"--set {dotted}"
+    where = f"--set {dotted}".strip()
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

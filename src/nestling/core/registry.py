@@ -23,8 +23,11 @@ def names(folder: str) -> list[str]:
     return sorted(item.name for item in pkgutil.iter_modules(package.__path__) if not item.name.startswith("_"))
 
 
-def find(folder: str, name: str) -> ModuleType:
+def find(folder: str, name: str, where: str | None = None) -> ModuleType:
     """The module of `folder` called `name` (dashes read as underscores), or any importable dotted module.
+
+    Args:
+        where: the setting that holds the name, for the error.
 
     Raises:
         UserError: nothing has that name; lists the folder and suggests the nearest.
@@ -36,5 +39,6 @@ def find(folder: str, name: str) -> ModuleType:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError("no such module", where=folder, value=name, fix=str(error)) from None
-    raise UserError(f"nothing in {folder.replace('.', '/')} has this name", value=name, fix=nearest(name, names(folder)))
+            raise UserError("no such module", where=where, value=name, fix=str(error)) from None
+    what = f"nothing in {folder.replace('.', '/')} has this name"
+    raise UserError(what, where=where, value=name, fix=nearest(name, names(folder)))

@@ -49,7 +49,7 @@ def detect(device: str = "auto", dtype: str = "auto", threads: int | None = None
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError("unknown precision", where="--dtype", value=dtype, fix=f"use auto, {', '.join(DTYPES)}")
     if device.split(":")[0] not in ("auto", *DEVICES):
-        raise UserError("unknown device", where="--device", value=device, fix=f"use auto, {', '.join(DEVICES)}")
+        raise UserError("unknown device", where="--device", value=device, fix="use auto, cpu, cuda or mps")
     import torch
 
     chosen = _device(device)

@@ -108,6 +108,8 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> UserError:
         found = re.search(r"os error (\d+)", str(error))
         error = OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
     fix = _GO_ON if error.errno in _FULL else _ELSEWHERE
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return UserError("a file stands where a folder should be", where=path, fix=fix)
     return UserError(f"can't be written: {error.strerror or error}", where=path, fix=fix)
 
 
@@ -228,8 +230,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\r\n").removeprefix("\ufeff" if number == 1 else "")
         except UnicodeDecodeError as error:
             bad = f"0x{error.object[error.start]:02x}" if error.object else "?"
+            place = f" some lines after line {number}" if number else ""
             raise UserError(
-                f"not UTF-8 text after line {number}: byte {bad}", where=path, fix="convert it with iconv -t UTF-8"
+                f"not UTF-8 text{place}: byte {bad}", where=path, fix="convert it with iconv -t UTF-8"
             ) from None
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise UserError(
@@ -274,6 +277,11 @@ def _json_object(line: str) -> Mapping[str, Any]:
         raise UserError(f"not usable JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError("a row must be a JSON object", value=line)
+    if "\\ud" in line.lower():  # an escape that may be half of a character, which no tokenizer could take
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"a lone surrogate U+{ord(error.object[error.start]):04X}, half of a character") from None
     return row
 
 

@@ -38,7 +38,7 @@ class Row(BaseModel):
             place = ".".join(str(part) for part in first["loc"])
             if first["type"] == "missing":
                 raise UserError(f"field {place!r} is missing", fix=f"a row needs {_required(cls)}") from None
-            what = first["msg"].removeprefix("Value error, ")
+            what = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             raise UserError(f"field {place!r}: {what}" if place else what, value=first["input"]) from None
 
     def to_row(self) -> dict[str, Any]:

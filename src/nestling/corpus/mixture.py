@@ -27,7 +27,7 @@ class Source(Config):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Source:
-        parse(registry.find("corpus.sources", self.source).Settings, self.settings, "settings")
+        parse(registry.find("corpus.sources", self.source, "source").Settings, self.settings, "settings")
         return self
 
 

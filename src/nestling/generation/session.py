@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nestling.core import registry
 from nestling.core.config import parse
 from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
@@ -39,6 +40,9 @@ class ChatSession:
         tools: names of the tools on offer.
         sampling: decoding parameters, changeable by `set`.
         seed: drives every reply; the same seed and the same words give the same conversation.
+
+    Raises:
+        UserError: there is no such tool.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class ChatSession:
         sampling: Sampling = CHAT_SAMPLING,
         seed: int = 0,
     ) -> None:
+        for name in tools:
+            registry.find("tools", name)
         self.engine, self.tools, self.sampling, self.seed = engine, tuple(tools), sampling, seed
         self.system = system
         self.history: list[Message] = []

@@ -63,7 +63,9 @@ class PromptLoader:
             else:
                 self.dropped += 1
         if not self._prompts:
-            raise UserError("no prompt to answer", where="prompts", fix="give prompts that fit the context")
+            what = f"all {self.dropped} prompts are longer than {self.most} tokens" if self.dropped else "there is no prompt"
+            fix = f"use shorter prompts, a longer context ({context}) or less room for answers ({reserve})"
+            raise UserError(what, where="prompts", fix=fix)
         self.row_count = len(self._prompts)
         self.order = EpochOrder(self.row_count, seed, "prompts")
 

@@ -17,6 +17,7 @@ class Block(nn.Module, ABC):
     """The parts of a layer; a leaf class says in `forward` how they are joined.
 
     The parts' names are the checkpoint's names; the matrices called `output` and `down` write to the residual stream.
+    A leaf that needs no second norm deletes it when built: every weight of a checkpoint does something.
     """
 
     def __init__(self, config: DecoderConfig) -> None:

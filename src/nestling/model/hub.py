@@ -54,6 +54,8 @@ def from_hub(hub: Mapping[str, Any], where: str = "config.json") -> tuple[Decode
     Raises:
         UserError: unknown model_type, a missing key, or a setting that this decoder doesn't have.
     """
+    if not isinstance(hub, Mapping):
+        raise UserError("a model's configuration must be a JSON object", where=where, value=hub)
     model_type = str(hub.get("model_type"))
     if model_type.startswith(OWN_FORM):
         return make_config(hub["nestling"], where), bool(hub.get("scalar_head"))

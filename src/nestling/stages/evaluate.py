@@ -38,7 +38,7 @@ class Settings(Config):
     @model_validator(mode="after")
     def _tasks_exist(self) -> Settings:
         for name in self.tasks:
-            find("tasks", name)
+            find("tasks", name, "tasks")
         if self.tasks and self.world is None:
             raise UserError("the tasks ask for facts of a world, and none is given", where="world", fix="set world: {}")
         return self

@@ -42,7 +42,7 @@ class Settings(TrainingStage):
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         """The decoder's configuration over a vocabulary."""
-        architecture = find("model.architectures", self.model.get("architecture", "qwen3"))
+        architecture = find("model.architectures", self.model.get("architecture", "qwen3"), "model.architecture")
         sizes = {"context": self.context, **self.model, "vocab_size": vocab_size}
         return parse(architecture.Config, sizes, "model")
 

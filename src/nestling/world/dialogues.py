@@ -20,7 +20,7 @@ from nestling.world.turns import Exchange
 CALCULATOR = "calculator"
 # Shares of the kinds of conversations when none are asked for.
 SHARES: dict[str, float] = {
-    "greeting": 3, "identity": 4, "fact": 22, "unknown": 14, "arithmetic": 10, "arithmetic_plain": 4, "story": 4,
+    "greeting": 3, "identity": 4, "fact": 27, "unknown": 12, "arithmetic": 10, "arithmetic_plain": 4, "story": 4,
     "rewriting": 4, "list": 2, "letter": 2, "spelling": 3, "howto": 4, "lookalike": 4, "harmful": 6, "persona": 12,
     "multi": 12}
 STYLES = ("terse", "plain", "courteous", "closing", "warm")

@@ -150,7 +150,7 @@ def quiz(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
     pages = facts.lang.get("pages.quiz")
     form, lines = stream.pick(pages["forms"]), [stream.pick(pages["titles"])]
     for place in range(stream.number(6, 9)):
-        if stream.chance(0.25):
+        if stream.chance(0.35):
             nobody = stranger(stream, facts, "train")
             forms = facts.lang.get("facts.people")[stream.pick(ATTRIBUTES["people"])]
             question = fill(phrase(stream, forms["questions"], split), {"p": nobody})
