@@ -14,7 +14,9 @@ from calls import CALM, TINY, CommandLine
 from nestling.core.storage import read_json, read_rows
 from nestling.core.types import Document
 
-ROWS = "".join(json.dumps({"id": str(n), "text": f"Row {n}, {n * n % 97} and {n**3 % 89}."}) + "\n" for n in range(3000))
+ROWS = "".join(
+    json.dumps({"id": str(n), "text": f"Row {n}, {n * n % 97} and {n**3 % 89}."}) + "\n" for n in range(3000)
+)
 TEXTS: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "the file is empty"),
     "blank.txt": (b" \n\n", "the file is empty"),
@@ -80,7 +82,10 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "field": ({"message": [user("Hi")]}, "field 'messages' is missing; a row needs messages"),
     "none": (conversation(), "a conversation has no message"),
     "call": (conversation(user("Hi"), {**ANSWER, "tool_calls": [{"function": 5}]}), "the row has another shape"),
-    "number": (conversation(user("Hi"), {**ANSWER, "content": 5}), "'messages.1.content': must be a valid string (got 5)"),
+    "number": (
+        conversation(user("Hi"), {**ANSWER, "content": 5}),
+        "'messages.1.content': must be a valid string (got 5)",
+    ),
 }
 
 
@@ -134,7 +139,9 @@ def test_bad_rows_are_skipped_and_counted_when_asked(nestling: CommandLine, tmp_
     done = nestling(*words, "--on-bad-row", "skip")
     assert done.code == 0, done.err
     assert f"skipped {texts}:3002: broken JSON" in done.err
-    reports = {name: read_json(tmp_path / "run" / name / "stage.json")["report"] for name in ("corpus", "conversations")}
+    reports = {
+        name: read_json(tmp_path / "run" / name / "stage.json")["report"] for name in ("corpus", "conversations")
+    }
     assert {name: report["skipped"] for name, report in reports.items()} == {"corpus": 2, "conversations": 1}
     assert len(list(read_rows(tmp_path / "run" / "corpus" / "train.jsonl", Document.from_row))) > 2000
     again = nestling(*words)

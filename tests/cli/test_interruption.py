@@ -42,7 +42,9 @@ def test_ctrl_c_saves_and_a_full_disk_leaves_it_and_the_same_command_goes_on(
     before = content_hash(state)
 
     message = nestling.refused(*words, largest_file=100_000)  # every state is larger
-    assert f"{resume}/step-00000040: can't be written: File too large; free some space and run the same command" in message
+    assert (
+        f"{resume}/step-00000040: can't be written: File too large; free some space and run the same command" in message
+    )
     assert list(resume.glob("step-*")) == [state]
     assert content_hash(state) == before
 
@@ -56,7 +58,7 @@ def test_ctrl_c_while_data_are_gathered(nestling: CommandLine, tmp_path: Path) -
     large = ("--set", "corpus.sources.0.settings.bytes=300000000")
     stopped = nestling(*words, *large, signal=signal.SIGINT, when=tmp_path / "run" / "corpus" / ".*.jsonl")
     assert stopped.code == 130, stopped
-    assert stopped.err.splitlines()[-1] == "interrupted; the same command goes on where it stopped"
+    assert stopped.err.splitlines()[-1] == "interrupted in corpus; run the same command again to go on"
     assert [path.name for path in (tmp_path / "run" / "corpus").iterdir()] == ["started.json"]
     assert nestling(*words).code == 0
 
@@ -89,9 +91,7 @@ def test_kill_9_at_every_hand_over_ends_in_the_same_weights(
     same_as(finished, out)
 
 
-def test_kill_9_at_random_times_ends_in_the_same_weights(
-    nestling: CommandLine, finished: Path, tmp_path: Path
-) -> None:
+def test_kill_9_at_random_times_ends_in_the_same_weights(nestling: CommandLine, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("run", TINY, "--out", out, *CALM)
     for after in (0.3, 0.9, 0.5, 1.3, 0.7, 1.1, 0.4, 1.7):
@@ -142,7 +142,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     if os.geteuid() or not shutil.which("mount"):
         pytest.skip("only root may mount a small disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
     yield folder

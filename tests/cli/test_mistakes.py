@@ -16,8 +16,14 @@ SETTINGS = [
     ("pretrain.training.schedule=cosin", "did you mean 'cosine'?"),
     ("sft.training.learning_rate=-1", "sft.training.learning_rate: must be greater than 0 (got -1)"),
     ("pretrian.context=9", "--set pretrian.context: the recipe has no such stage; did you mean 'pretrain'?"),
-    ("rankings.sources.0.source=wrld", "rankings.sources.0.source: nothing in corpus/sources has this name (got 'wrld')"),
-    ("rankings.sources.0.settings.cuont=5", "rankings.sources.0.settings.cuont: unknown setting; did you mean 'count'?"),
+    (
+        "rankings.sources.0.source=wrld",
+        "rankings.sources.0.source: nothing in corpus/sources has this name (got 'wrld')",
+    ),
+    (
+        "rankings.sources.0.settings.cuont=5",
+        "rankings.sources.0.settings.cuont: unknown setting; did you mean 'count'?",
+    ),
     ("corpus.sources.1.weight=2", "--set corpus.sources.1.weight: the list has no place '1'; use 0 to 0"),
     ("evaluate.tasks.fact_recal={count: 3}", "did you mean 'fact_recall'?"),
     ("evaluate.tasks.fact_recall.cuont=3", "evaluate.tasks.fact_recall.cuont: unknown setting; did you mean 'count'?"),
@@ -55,7 +61,10 @@ def test_a_bad_setting_is_refused_before_any_work(
         (("run", TINY, "--bogus"), "no such option: --bogus"),
         (("frobnicate",), "no such command 'frobnicate'"),
         (("chat",), "missing argument 'MODEL'; nestling chat --help"),
-        (("corpus", "--sources", "[{source: world, settings: {size: huge}}]"), "corpus.sources.0.settings.size: must be"),
+        (
+            ("corpus", "--sources", "[{source: world, settings: {size: huge}}]"),
+            "corpus.sources.0.settings.size: must be",
+        ),
     ],
 )
 def test_a_bad_command_is_refused(nestling: CommandLine, words: tuple[object, ...], reason: str) -> None:

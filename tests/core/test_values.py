@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nestling.core.errors import UserError
-from nestling.core.metrics import MetricsLog, read_metrics
+from nestling.core.metrics import MetricsLog, Progress, read_metrics
 from nestling.core.registry import find
 from nestling.core.runtime import detect, measured_peak, stream_seed, torch_stream
 from nestling.core.types import Conversation, Ranking
@@ -68,3 +68,21 @@ def test_unknown_devices_and_precisions_are_refused() -> None:
         detect(device="abacus")
     with pytest.raises(UserError, match="unknown precision"):
         detect(dtype="fp12")
+
+
+def test_a_line_of_progress_comes_soon_and_then_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "FIRST_LINE", 0.0)
+    with Progress("pretrain", 10, "steps") as progress:
+        for _ in range(5):
+            progress.advance(loss=2.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("pretrain: 1/10 steps  loss 2")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:x", "cuda:99", "cpu:1"])
+def test_a_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"^--device: "):
+        detect(name)

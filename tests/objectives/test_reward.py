@@ -98,7 +98,7 @@ def test_validation_scores_do_not_depend_on_the_batch() -> None:
     assert toy.validate() == pytest.approx(whole, abs=1e-5)
 
 
-def test_mean_score_is_the_mean_at_the_closing_tokens() -> None:
+def test_the_reference_score_is_the_mean_at_the_closing_tokens() -> None:
     tokenizer = _toys.byte_tokenizer()
     decoder = _toys.small_decoder(tokenizer, 0)
     model = Scored(decoder, ScalarHead(decoder.config))
@@ -112,9 +112,9 @@ def test_mean_score_is_the_mean_at_the_closing_tokens() -> None:
         ids = reward._up_to_reply(tokenizer, talk)
         assert ids[-1] == tokenizer.id("<|im_end|>")
         scores.append(float(model(torch.tensor([ids]))[0, -1].detach()))
-    assert reward.mean_score(model, tokenizer, talks) == pytest.approx(sum(scores) / 2, abs=1e-5)
+    assert reward.reference_score(model, tokenizer, talks) == pytest.approx(sum(scores) / 2, abs=1e-5)
     with pytest.raises(UserError, match="no reference response"):
-        reward.mean_score(model, tokenizer, talks[2:])
+        reward.reference_score(model, tokenizer, talks[2:])
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -74,6 +74,13 @@ def test_samples_were_written_on_the_way(finished: Path) -> None:
     assert [row["step"] for row in rows] == [4, 8]
 
 
+def test_utilisation_is_a_share(finished: Path) -> None:
+    """However busy the machine was when its peak was measured."""
+    rows = [json.loads(line) for line in (finished / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    shares = [row["utilisation"] for row in rows] + [build_report(finished)["stages"]["pretrain"]["utilisation"]]
+    assert all(0 < share <= 1 for share in shares)
+
+
 def start(out: Path) -> subprocess.Popen[bytes]:
     command = ["run", str(RECIPE), "--out", str(out), "--until", "pretrain", "--dtype", "fp32", "--threads", "1", "--quiet"]
     return subprocess.Popen([sys.executable, "-m", "nestling.cli.app", *command], env={**os.environ, "OMP_NUM_THREADS": "1"})

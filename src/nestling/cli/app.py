@@ -35,7 +35,9 @@ def build_app(called: str | None = None) -> typer.Typer:
     app.callback()(_options)
     for verb, file in VERBS.items():
         ready = called in (None, verb)
-        app.command(verb)(getattr(importlib.import_module(f"nestling.cli.{file}"), verb) if ready else _listed(file, verb))
+        app.command(verb)(
+            getattr(importlib.import_module(f"nestling.cli.{file}"), verb) if ready else _listed(file, verb)
+        )
     for stage in names("stages"):
         verb = stage.replace("_", "-")
         ready = called in (None, verb)
@@ -49,7 +51,8 @@ def _listed(file: str, verb: str | None = None) -> Any:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb]
 
-    def listed() -> None: ...
+    def listed() -> None:
+        return None
 
     listed.__doc__ = (ast.get_docstring(functions[0] if functions else tree) or "").split("\n")[0]
     return listed
@@ -70,14 +73,16 @@ def main() -> None:
         return
     try:
         app = build_app(next((word for word in words if not word.startswith("-")), ""))
-        if app(args=words or ["--help"], prog_name="nestling", standalone_mode=False) == INTERRUPTED:  # what typer makes of Ctrl-C
+        if (
+            app(args=words or ["--help"], prog_name="nestling", standalone_mode=False) == INTERRUPTED
+        ):  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
     except UserError as error:
         _fail(f"error: {error}", USER_ERROR)
     except _UsageError as error:
         _fail(f"error: {_usage(error)}", USER_ERROR)
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
-        _fail(str(error) or "interrupted; the same command goes on where it stopped", INTERRUPTED)
+        _fail(str(error) or "interrupted", INTERRUPTED)
 
 
 def _usage(error: Any) -> str:

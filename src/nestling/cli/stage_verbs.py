@@ -95,4 +95,3 @@ def _surroundings() -> list[inspect.Parameter]:
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
-

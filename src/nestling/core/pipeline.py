@@ -21,7 +21,7 @@ from typing import Any
 
 from nestling import __version__
 from nestling.core.config import Config, nearest, parse
-from nestling.core.errors import UserError
+from nestling.core.errors import Interrupted, UserError
 from nestling.core.metrics import say
 from nestling.core.recipe import Recipe, StageSpec
 from nestling.core.registry import find
@@ -137,6 +137,8 @@ def run(
                 reports[stage.spec.name] = _run_stage(stage, recipe.seed, out, runtime, quiet, title)
         except OSError as error:
             raise disk_error(error, Path(error.filename or out)) from error
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted in {stage.spec.name}; run the same command again to go on") from None
     return reports
 
 

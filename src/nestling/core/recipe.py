@@ -1,11 +1,11 @@
 """Recipes: a YAML file that lists the stages of a run, each with its settings.
 
-    name: demo
-    seed: 1
-    stages:
-      corpus: {documents: 4000}
-      tokenizer: {vocab_size: 2048}
-      sft_again: {stage: sft, reads: {model: sft}}    # an instance under another name, reading another stage
+name: demo
+seed: 1
+stages:
+  corpus: {documents: 4000}
+  tokenizer: {vocab_size: 2048}
+  sft_again: {stage: sft, reads: {model: sft}}    # an instance under another name, reading another stage
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nestling.core import registry
 from nestling.core.config import Config, parse
@@ -24,11 +24,6 @@ class Source(Config):
     source: str = Field("world", description="a file of corpus/sources, or a dotted module")
     settings: dict[str, Any] = Field({}, description="that source's settings")
     weight: float = Field(1.0, gt=0, description="times each training item is taken: 0.5 keeps half, 2 takes all twice")
-
-    @model_validator(mode="after")
-    def _settings_fit(self) -> Source:
-        parse(registry.find("corpus.sources", self.source, "source").Settings, self.settings, "settings")
-        return self
 
 
 @dataclass

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import Field
+
 from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.intervals import Interval, wilson
@@ -27,7 +29,7 @@ Check = Callable[[PromptRow, list[str]], float]
 class TaskSettings(Config):
     """How one task is measured."""
 
-    count: int = 100
+    count: int = Field(default=100, ge=1)
     """Number of problems."""
     bar: float | None = None
     """The value to reach (at least, or at most where lower is better); None only reports."""

@@ -2,7 +2,7 @@
 
 All pairs of a prompt stand in one microbatch and weigh 1 / (number of pairs): loss = -1/C(K, 2) sum log sigmoid(r_w -
 r_l), averaged over prompts (equation 1). A tie gives no pair. The score is read at the token that closes the response.
-Because only differences are learnt, the mean is free: `mean_score` measures it on reference responses, and whoever
+Because only differences are learnt, the mean is free: `reference_score` measures it on reference responses, and whoever
 optimises the reward subtracts it, so that a reference response scores 0 on average.
 """
 
@@ -195,7 +195,9 @@ def with_truth(rankings: Sequence[Ranking]) -> list[Ranking] | None:
     ]  # fmt: skip
 
 
-def mean_score(model: Scored, tokenizer: Tokenizer, references: Sequence[Conversation], budget: int = 4096) -> float:
+def reference_score(
+    model: Scored, tokenizer: Tokenizer, references: Sequence[Conversation], budget: int = 4096
+) -> float:
     """The mean score of the last reply of reference conversations (demonstrations).
 
     Subtract it, and a demonstration scores 0 on average, as InstructGPT's reward model was shifted before RL.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nestling.core.config import Config
+from nestling.core.config import Config, parse
 from nestling.core.errors import UserError
 from nestling.core.metrics import Progress, say
 from nestling.core.pipeline import StageContext
@@ -38,10 +38,13 @@ class DataStage(Config):
     on_bad_row: BadRows = Field("stop", exclude=True, description="At a bad row: stop, or skip and count it.")
 
     @model_validator(mode="after")
-    def _sources_offer_it(self) -> Self:
+    def _sources_fit(self) -> Self:
         for place, source in enumerate(self.sources):
-            if not hasattr(find("corpus.sources", source.source), self.KIND):
-                raise UserError(f"this source has no {self.KIND}", where=f"sources.{place}.source", value=source.source)
+            where = f"sources.{place}"
+            module = find("corpus.sources", source.source, f"{where}.source")
+            if not hasattr(module, self.KIND):
+                raise UserError(f"this source has no {self.KIND}", where=f"{where}.source", value=source.source)
+            parse(module.Settings, source.settings, f"{where}.settings")
         return self
 
 

@@ -61,4 +61,4 @@ def _reference_mean(settings: Settings, context: StageContext, objective: Any, t
     if "conversations" not in context.reads or not settings.references:
         return 0.0
     references = read_split(context.reads["conversations"], "val", Conversation)[: settings.references]
-    return objective_file.mean_score(objective.model, tokenizer, references)
+    return objective_file.reference_score(objective.model, tokenizer, references)
