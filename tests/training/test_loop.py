@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy_objective import Toy
 
+from nestling.core.config import parse
 from nestling.core.errors import UserError
 from nestling.core.runtime import Runtime, detect
 from nestling.training.hooks import Hook, Run, Sampling
@@ -143,6 +144,7 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     assert torch.equal(before, toy.model.embedding.weight)
 
 
-def test_unknown_optimizer_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'muon'"):
-        run(Toy(), tmp_path, optimizer="moun")
+@pytest.mark.parametrize(("setting", "value", "nearest"), [("optimizer", "moun", "muon"), ("schedule", "cosin", "cosine")])
+def test_an_unknown_name_is_refused_with_the_settings(setting: str, value: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"^sft.training.{setting}: .* did you mean '{nearest}'"):
+        parse(TrainSettings, {"steps": 1, setting: value}, "sft.training")

@@ -70,6 +70,16 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: no such file, broken YAML, unknown key or stage name.
     """
+    data = {"name": re.sub(r"[^\w.-]+", "-", path.stem), **_read(path)}
+    if not isinstance(data.get("stages"), dict) or not data["stages"]:
+        raise UserError("a recipe needs a mapping `stages:` of stage name to settings", where=path)
+    for override in overrides:
+        data = _apply(data, override)
+    return build_recipe(data, where=f"{path}: ")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, laid over the recipe beside it that it `extends`, where it does."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,12 +88,23 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         raise UserError("this is not UTF-8 text", where=path, fix="a recipe is a YAML file") from None
     except yaml.YAMLError as error:
         raise UserError(f"broken YAML{_spot(error)}", where=path) from None
-    if not isinstance(data, dict) or not isinstance(data.get("stages"), dict) or not data["stages"]:
+    if not isinstance(data, dict):
         raise UserError("a recipe needs a mapping `stages:` of stage name to settings", where=path)
-    data = {"name": re.sub(r"[^\w.-]+", "-", path.stem), **data}
-    for override in overrides:
-        data = _apply(data, override)
-    return build_recipe(data, where=f"{path}: ")
+    if (base := data.pop("extends", None)) is None:
+        return data
+    if base == path.stem:
+        raise UserError("a recipe can't extend itself", where=path, value=base)
+    return _laid_over(_read(path.with_name(f"{base}.yaml")), data)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, inner mappings likewise; elsewhere what is above counts."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        merged[key] = _laid_over(inner, value) if both else value
+    return merged
 
 
 def _spot(error: yaml.YAMLError) -> str:
