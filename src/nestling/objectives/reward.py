@@ -25,7 +25,7 @@ from nestling.model.heads import ScalarHead, Scored
 from nestling.objectives import _toys
 from nestling.objectives._materials import Materials
 from nestling.objectives._pairs import Bin, all_pairs, calibration_error, pair_losses, reliability, right
-from nestling.objectives._scoring import by_length, pad_ids
+from nestling.objectives._scoring import by_length, length_groups, pad_ids
 from nestling.objectives._share import own_share
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
@@ -40,8 +40,8 @@ class Settings(Config):
 
     microbatches: int = Field(1, gt=0)
     """Pieces that a step is computed in; the gradient is the same."""
-    score_tokens: int = Field(4096, gt=0)
-    """Padded tokens per forward pass in validation."""
+    score_tokens: int = Field(2048, gt=0)
+    """Padded tokens per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,21 @@ class Reward(Objective):
 
     def terms(self, microbatch: RankingBatch) -> list[Term]:
         """The sum over prompts of their weighted pairwise losses."""
-        scores = _final(self.model(microbatch.ids), microbatch.lengths)
+        scores = self._read(microbatch)
         better, worse = microbatch.pairs.unbind(dim=1)
         margins = scores[better] - scores[worse]
         self._hits += float(right(margins.detach()).sum())
         self._pairs += float(len(margins))
         return [Term("pair_loss", pair_losses(margins, microbatch.pair_weights).sum(), per="prompts")]
+
+    def _read(self, batch: RankingBatch) -> Tensor:
+        """The score of each response ``[R]``; rows of similar length go together, so that short ones carry no padding."""
+        groups = list(length_groups(batch.lengths.cpu(), self.settings.score_tokens))
+        scores = []
+        for rows in groups:
+            lengths = batch.lengths[rows]
+            scores.append(_final(self.model(batch.ids[rows, : int(lengths.max())]), lengths))
+        return torch.cat(scores)[torch.cat(groups).argsort().to(batch.ids.device)]
 
     def metrics(self) -> dict[str, float]:
         """The share of the step's training pairs that were in the right order before it learnt from them."""
