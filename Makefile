@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/nestling chat $(RUN)
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup-dev
 	$(BIN)/ruff check src tests

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from toy_objective import Toy
 
 from nestling.core.config import parse
@@ -144,7 +145,15 @@ def test_frozen_parameters_stay(tmp_path: Path) -> None:
     assert torch.equal(before, toy.model.embedding.weight)
 
 
-@pytest.mark.parametrize(("setting", "value", "nearest"), [("optimizer", "moun", "muon"), ("schedule", "cosin", "cosine")])
+@pytest.mark.parametrize(
+    ("setting", "value", "nearest"), [("optimizer", "moun", "muon"), ("schedule", "cosin", "cosine")]
+)
 def test_an_unknown_name_is_refused_with_the_settings(setting: str, value: str, nearest: str) -> None:
     with pytest.raises(UserError, match=f"^sft.training.{setting}: .* did you mean '{nearest}'"):
         parse(TrainSettings, {"steps": 1, setting: value}, "sft.training")
+
+
+@pytest.mark.parametrize("choice", ["on", "off", "auto"])
+def test_compile_may_be_written_in_yaml_without_quotes(choice: str) -> None:
+    data = yaml.safe_load(f"{{steps: 1, compile: {choice}}}")
+    assert parse(TrainSettings, data, "training").compile == choice

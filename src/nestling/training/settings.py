@@ -43,6 +43,11 @@ class TrainSettings(Config):
     save_every: float = Field(default=60.0, ge=0, description="Seconds between saved states; 0 saves after every step.")
     keep: int = Field(default=2, ge=1, description="How many saved states are kept.")
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, choice: object) -> object:
+        return {True: "on", False: "off"}[choice] if isinstance(choice, bool) else choice
+
     @field_validator("optimizer")
     @classmethod
     def _known_optimizer(cls, name: str) -> str:
