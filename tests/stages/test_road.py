@@ -1,12 +1,8 @@
-"""The whole road on a tiny world: every joint between stages, the report's stable keys, skipping, kill -9."""
+"""The whole road on a tiny world: every joint between stages, the report's stable keys, skipping. Interruption: tests/cli/test_interruption.py."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,27 +75,3 @@ def test_utilisation_is_a_share(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     shares = [row["utilisation"] for row in rows] + [build_report(finished)["stages"]["pretrain"]["utilisation"]]
     assert all(0 < share <= 1 for share in shares)
-
-
-def start(out: Path) -> subprocess.Popen[bytes]:
-    command = ["run", str(RECIPE), "--out", str(out), "--until", "pretrain", "--dtype", "fp32", "--threads", "1", "--quiet"]
-    return subprocess.Popen([sys.executable, "-m", "nestling.cli.app", *command], env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_kill_9_in_training_and_again_gives_the_same_weights_and_losses(tmp_path: Path) -> None:
-    assert start(tmp_path / "whole").wait() == 0
-    killed = start(tmp_path / "killed")
-    log = tmp_path / "killed" / "pretrain" / "metrics.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 4):
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    whole, resumed = (tmp_path / name / "pretrain" for name in ("whole", "killed"))
-    assert content_hash(whole / "model" / "model.safetensors") == content_hash(resumed / "model" / "model.safetensors")
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, resumed)
-    ]
-    assert losses[0] == losses[1]
