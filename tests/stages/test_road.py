@@ -1,4 +1,7 @@
-"""The whole road on a tiny world: every joint between stages, the report's stable keys, skipping. Interruption: tests/cli/test_interruption.py."""
+"""The whole road on a tiny world: every joint between stages, the stable keys of the report, skipping.
+
+Interruption has its own tests: tests/cli/test_interruption.py.
+"""
 
 from __future__ import annotations
 
