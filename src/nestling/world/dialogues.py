@@ -20,9 +20,9 @@ from nestling.world.turns import Exchange
 CALCULATOR = "calculator"
 # Shares of the kinds of conversations when none are asked for.
 SHARES: dict[str, float] = {
-    "greeting": 4, "identity": 7, "fact": 32, "unknown": 16, "arithmetic": 11, "arithmetic_plain": 3, "story": 2,
-    "rewriting": 3, "list": 2, "letter": 2, "spelling": 2, "howto": 3, "lookalike": 5, "harmful": 8, "persona": 15,
-    "multi": 10}
+    "greeting": 4, "identity": 7, "fact": 26, "unknown": 12, "arithmetic": 11, "arithmetic_plain": 4, "story": 3,
+    "rewriting": 3, "list": 2, "letter": 2, "spelling": 2, "howto": 3, "lookalike": 5, "harmful": 8, "persona": 16,
+    "multi": 12}
 STYLES = ("terse", "plain", "courteous", "closing", "warm")
 _STYLE_WEIGHTS = (0.27, 0.38, 0.1, 0.17, 0.08)
 

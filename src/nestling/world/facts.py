@@ -245,7 +245,7 @@ def stranger(stream: Stream, facts: Facts, split: str) -> Person:
     lang, buckets = facts.lang, _BUCKETS[split]
     while True:
         gender = stream.pick(("she", "he"))
-        fresh = stream.chance(0.3)
+        fresh = stream.chance(0.4)
         firsts = lang.get(f"names.fresh.{gender}" if fresh else f"names.first.{gender}")
         lasts = lang.get("names.fresh.last" if fresh and stream.chance(0.7) else "names.last")
         name = f"{stream.pick(firsts)} {stream.pick(lasts)}"
