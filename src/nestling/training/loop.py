@@ -132,10 +132,10 @@ class _Loop:
     def run_steps(self, hooks: list[Hook]) -> None:
         """Every step that is left, with its hooks; ends early when the objective or the user asks for it."""
         run = self.run
-        for hook in hooks:
-            hook.on_start(run)
         shown = Progress(self.folder.name, self.settings.steps, "steps", quiet=self.quiet, done=run.step)
         with _signals() as asked, shown as progress:
+            for hook in hooks:
+                hook.on_start(run)
             while not run.last:
                 begun = time.perf_counter()
                 self.one_step(run.step + 1)
