@@ -38,6 +38,11 @@ def test_every_turn_is_answered_with_the_conversation_before_it(engine: Engine) 
     assert texts[2][0] == offered.text
 
 
+def test_a_conversation_that_outgrows_the_context_ends_with_what_it_has(engine: Engine) -> None:
+    rows = [row("a", turns=["b" * 300, "c"]), row("d", turns=["e"])]
+    assert [len(texts) for texts in converse(rows, engine, GREEDY)] == [1, 2]
+
+
 def test_scores_land_with_their_task(engine: Engine) -> None:
     def whose(letter: str) -> Exam:
         rows = [row(letter, good=number % 4 > 0) for number in range(8)]

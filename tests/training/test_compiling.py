@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from toy_objective import Blocks, Toy
 
 from nestling.core.runtime import detect
@@ -43,11 +46,22 @@ def test_without_a_compiler_training_goes_on(tmp_path: Path, monkeypatch: pytest
     assert said == ["compile: off, no C++ compiler was found; training goes on uncompiled"]
 
 
-def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.exc import BackendCompilerFailed
+class FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
 
-    def broken(function: object) -> object:
-        def call(*args: object) -> object:
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> torch.Tensor:
+        raise BackendCompilerFailed(lambda: None, RuntimeError("gcc: internal error"), None)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.MonkeyPatch, direction: str) -> None:
+    def broken(function: Callable[..., torch.Tensor]) -> object:
+        def call(*args: torch.Tensor) -> torch.Tensor:
+            if direction == "backward":
+                return FailsBackward.apply(function(*args))
             raise BackendCompilerFailed(lambda: None, RuntimeError("gcc: internal error"), None)
 
         return call
@@ -59,6 +73,7 @@ def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.M
     blocks(torch.arange(3)).sum().backward()
     assert len(said) == 1
     assert "going on uncompiled" in said[0]
+    assert all(weight.grad is not None for weight in blocks.parameters())
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from nestling.core.types import Message, PromptRow
 from nestling.generation.chat import replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
+from nestling.tokenizer.conversation import render
 
 Check = Callable[[PromptRow, list[str]], float]
 
@@ -134,7 +135,13 @@ def measure(
 
 
 def converse(rows: Sequence[PromptRow], engine: Engine, sampling: Sampling, seed: int = 0) -> list[list[str]]:
-    """The assistant's text of every turn of every row; the n-th turns of all rows are answered in one batch."""
+    """The assistant's text of every turn of every row; the n-th turns of all rows are answered in one batch.
+
+    A conversation that has outgrown the context after its first reply ends there: it has fewer texts than turns.
+
+    Raises:
+        UserError: a row whose own prompt is longer than the context.
+    """
     talks = [_Talk(row, list(row.meta.get("turns", ()))) for row in rows]
     turn = 0
     speaking = talks
@@ -143,7 +150,7 @@ def converse(rows: Sequence[PromptRow], engine: Engine, sampling: Sampling, seed
         for talk, reply in zip(speaking, answers, strict=True):
             talk.add(*reply.messages)
             talk.texts.append(reply.text)
-        speaking = [talk for talk in talks if talk.go_on()]
+        speaking = [talk for talk in speaking if talk.go_on() and talk.fits(engine)]
         turn += 1
     return [talk.texts for talk in talks]
 
@@ -166,6 +173,11 @@ class _Talk:
             return False
         self.add(Message(role="user", content=self.waiting.pop(0)))
         return True
+
+    def fits(self, engine: Engine) -> bool:
+        """Whether the context has room for an answer."""
+        row = self.so_far
+        return len(render(engine.tokenizer, row.prompt, row.tools, prompt=True).ids) < engine.capacity
 
 
 def _score(check: Check, row: PromptRow, texts: list[str]) -> Sample:

@@ -87,7 +87,7 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
     best = objective.restore_best()
     test = fitting[settings.held_out : settings.held_out + settings.test]
     compared = _compare(settings, context, objective, test, scorer)
-    report = {**figures(result), **best, **compared, "bars": settings.bars}
+    report = {**figures(result), **best, **compared, "dropped": loader.dropped, "bars": settings.bars}
     save_model(context, objective.policy, start.tokenizer, report)
     return report
 

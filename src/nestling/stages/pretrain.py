@@ -19,6 +19,7 @@ from nestling.model.decoder import build
 from nestling.objectives import next_token
 from nestling.stages._training import SampleWriter, TrainingStage, figures, materials, optimise, save_model
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.training.settings import TrainSettings
 
 VERSION = 1
 READS = {"tokens": "tokenize", "tokenizer": "tokenizer", "baseline?": "ngram", "start?": ""}
@@ -31,6 +32,9 @@ class Settings(TrainingStage):
     context: int = Field(256, ge=8, description="Tokens per row.")
     batch_rows: int = Field(32, ge=1, description="Rows per step, over all ranks.")
     rows: RowMode = Field("documents", description="Whole documents packed, or the running stream.")
+    most_epochs: float = Field(
+        0.0, ge=0, description="Most passes over the text: a small text gets fewer steps than asked for; 0: no limit."
+    )
     objective: next_token.Settings = next_token.Settings()
     sample_every: int = Field(0, ge=0, description="Steps between sampled texts; 0 samples at the end only.")
     samples: tuple[str, ...] = Field(("",), description="Prompts of the sampled texts; empty begins a new document.")
@@ -39,6 +43,13 @@ class Settings(TrainingStage):
     def _sizes_fit(self) -> Settings:
         self.decoder(vocab_size=257)
         return self
+
+    def lesson(self, row_count: int) -> TrainSettings:
+        """How to train on `row_count` rows: with no more steps than `most_epochs` allow, lest the text is memorised."""
+        if not self.most_epochs:
+            return self.training
+        steps = max(1, round(self.most_epochs * row_count / self.batch_rows))
+        return self.training.model_copy(update={"steps": min(steps, self.training.steps)})
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         """The decoder's configuration over a vocabulary."""
@@ -68,7 +79,9 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         stuff = replace(stuff, paths={**stuff.paths, "model": stuff.path("start")})
     objective = next_token.build(settings.objective, stuff)
     writer = SampleWriter(context, objective.model, tokenizer, settings.samples)
-    result = optimise(objective, settings.training, context, [writer.hook(settings.sample_every)])
+    result = optimise(
+        objective, settings.lesson(loaders["train"].row_count), context, [writer.hook(settings.sample_every)]
+    )
     last = result.history[-1]
     report = {
         **figures(result),
@@ -76,7 +89,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         "val_loss": last.get("val_loss"),
         "parameters": objective.model.parameter_count(),
         "row_fill": round(loaders["train"].fill, 4),
-        "epochs": round(settings.training.steps * settings.batch_rows / loaders["train"].row_count, 3),
+        "epochs": round(result.steps * settings.batch_rows / loaders["train"].row_count, 3),
         "bars": settings.bars,
     }
     if "baseline" in context.reads:

@@ -18,7 +18,8 @@ from nestling.world.streams import Stream, bucket
 Maker = Callable[[Facts, Stream, Citizen, str], str]
 # kind → (maker, turns per lap of the wheel). Facts take about half of the text; the rest teaches form and reasoning.
 KINDS: dict[str, tuple[Maker, int]] = {
-    "biography": (pages.biography, 10), "story": (story, 8), "quiz": (pages.quiz, 16), "talk": (pages.talk, 5),
+    "biography": (pages.biography, 10), "story": (story, 8), "quiz": (pages.quiz, 16), "register": (pages.register, 6),
+    "talk": (pages.talk, 5),
     "letter": (pages.letter, 2), "diary": (pages.diary, 2), "town": (pages.town_page, 4),
     "comparison": (pages.comparison, 2), "animals": (pages.animal_page, 1), "howto": (pages.howto, 3),
     "shopping": (pages.shopping, 2), "sums": (exercises.sums, 3), "spelling": (exercises.spelling, 2),

@@ -210,17 +210,15 @@ def _people(stream: Stream, count: int, towns: list[Town], lang: Language) -> li
 
 
 def _known_names(stream: Stream, count: int, lang: Language) -> list[tuple[str, str]]:
+    """Names with two people (more in a large world) to each first and each last name: only both tell who is meant."""
     firsts = [(name, gender) for gender in ("she", "he") for name in lang.get(f"names.first.{gender}")]
-    lasts = lang.get("names.last")
-    names: list[tuple[str, str]] = []
-    used: set[str] = set()
-    deck, last_deck = stream.shuffled(firsts), _deck(stream, lasts, 2 * count)
-    for first, gender in deck * (2 * count // len(deck) + 2):
-        name = f"{first} {last_deck[len(used) % len(last_deck)]}"
-        if len(names) < count and name not in used:
-            names.append((name, gender))
-        used.add(name)
-    return names[:count]
+    firsts, lasts = (stream.shuffled(pool)[:(count + 1) // 2] for pool in (firsts, lang.get("names.last")))
+    names: dict[str, str] = {}
+    while len(names) < count:
+        for (first, gender), last in zip(_deck(stream, firsts, count), _deck(stream, lasts, count), strict=True):
+            if len(names) < count:
+                names.setdefault(f"{first} {last}", gender)
+    return list(names.items())
 
 
 def _befriend(stream: Stream, people: list[Citizen]) -> None:
@@ -238,17 +236,19 @@ def _befriend(stream: Stream, people: list[Citizen]) -> None:
 
 
 def stranger(stream: Stream, facts: Facts, split: str) -> Person:
-    """Someone who is not in the world: known names in a new combination, or a fresh name.
+    """Someone who is not in the world: names of two people of it put together, or a name that nobody there has.
 
     A name belongs to one split for good ("train", "val" or "evaluation"), whatever the seed.
     """
     lang, buckets = facts.lang, _BUCKETS[split]
     while True:
-        gender = stream.pick(("she", "he"))
-        fresh = stream.chance(0.4)
-        firsts = lang.get(f"names.fresh.{gender}" if fresh else f"names.first.{gender}")
-        lasts = lang.get("names.fresh.last" if fresh and stream.chance(0.7) else "names.last")
-        name = f"{stream.pick(firsts)} {stream.pick(lasts)}"
+        bearer = stream.pick(facts.people)
+        gender, first, last = bearer.gender, bearer.first, stream.pick(facts.people).last
+        if stream.chance(0.4):
+            gender = stream.pick(("she", "he"))
+            first = stream.pick(lang.get(f"names.fresh.{gender}"))
+            last = stream.pick(lang.get("names.fresh.last")) if stream.chance(0.7) else last
+        name = f"{first} {last}"
         if name not in facts.by_name and bucket(name, 4) in buckets:
             return lang.person(name, gender)
 

@@ -165,6 +165,20 @@ def quiz(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
     return "\n\n".join(lines)
 
 
+def register(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
+    """Names looked up one after another: who the person is, or that there is nobody of this name."""
+    pages = facts.lang.get("pages.register")
+    form, lines = stream.pick(pages["forms"]), [stream.pick(pages["titles"])]
+    for place in range(stream.number(8, 14)):
+        if stream.chance(0.5):
+            nobody = stranger(stream, facts, "train")
+            lines.append(form.format(name=nobody.name, entry=fill(stream.pick(pages["nobody"]), {"u": nobody})))
+        else:
+            who = person if place == 0 else stream.pick(facts.people)
+            lines.append(form.format(name=who.name, entry=fill(stream.pick(pages["entries"]), {"p": who})))
+    return "\n".join(lines)
+
+
 def talk(facts: Facts, stream: Stream, person: Citizen, split: str) -> str:
     """Two friends talk about a person: one asks, the other knows; of a stranger neither knows anything."""
     pages, cast = facts.lang.get("pages.talk"), Cast(facts, stream, person)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nestling.core.types import Message, PromptRow, Ranking, Response
 from nestling.world import dialogues, rubric, turns
-from nestling.world.facts import Citizen, Facts
+from nestling.world.facts import Citizen, Facts, stranger
 from nestling.world.language import fill
 from nestling.world.pages import SLOT
 from nestling.world.streams import Stream
@@ -97,9 +97,10 @@ def _wrong(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
     kind, chat = truth["kind"], facts.lang.data["chat"]
     if kind == "fact":
         return _wrong_fact(facts, stream, truth)
-    if kind in ("unknown", "identity"):
-        form = chat["made_up"] if kind == "unknown" else chat["identity_false"]
-        return fill(stream.pick(form), {**exchange.slots, "p": stream.pick(facts.people)})
+    if kind == "unknown":
+        return _made_up(facts, stream, exchange)
+    if kind == "identity":
+        return fill(stream.pick(chat["identity_false"]), {**exchange.slots, "p": stream.pick(facts.people)})
     if kind == "harmful":
         return fill(stream.pick(chat["harmful"]["compliance"]), exchange.slots)
     if kind == "arithmetic_plain":
@@ -109,6 +110,18 @@ def _wrong(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
         return stream.pick((exchange.answer.removeprefix(truth["sign"]).strip(), own_name))
     other = turns.KINDS[kind](facts, stream, "train") if kind != "greeting" else turns.identity(facts, stream, "train")
     return other.answer
+
+
+def _made_up(facts: Facts, stream: Stream, exchange: Exchange) -> str:
+    """A fact about a stranger: something about somebody, or the answer for another, mostly of the same first name."""
+    nobody = exchange.slots["u"]
+    if stream.chance(0.3):
+        return fill(stream.pick(facts.lang.get("chat.made_up")), {"u": nobody, "p": stream.pick(facts.people)})
+    namesakes = [person for person in facts.people if person.first == nobody.first]
+    other = copy.copy(stream.pick(namesakes or facts.people))
+    if stream.chance(0.5):
+        other.name = nobody.name
+    return fill(stream.pick(facts.lang.get("facts.people")[exchange.truth["attribute"]]["answers"]), {"p": other})
 
 
 def _wrong_fact(facts: Facts, stream: Stream, truth: Mapping[str, Any]) -> str:
@@ -126,7 +139,10 @@ def _wrong_fact(facts: Facts, stream: Stream, truth: Mapping[str, Any]) -> str:
 
 
 def _refusing(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
-    return stream.pick(facts.lang.data["chat"]["refusing"])
+    """A refusal: a bare one, or the right answer to another prompt (on a stranger, to a wish for harm)."""
+    chat = facts.lang.data["chat"]
+    forms = stream.pick((chat["refusing"], chat["unknown"]["answers"], chat["harmful"]["answers"]))
+    return fill(stream.pick(forms), {"u": exchange.slots.get("p") or stranger(stream, facts, "train")})
 
 
 def _rude(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
@@ -163,4 +179,4 @@ def _styled(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
 Spoiler = Callable[[Facts, Stream, Exchange, str], str]
 SPOILERS: tuple[Spoiler, ...] = (
     _wrong, _refusing, _rude, _rambling, _repeating, _off_topic, _broken, _careless, _styled)
-_SPOILER_WEIGHTS = (0.3, 0.1, 0.08, 0.08, 0.08, 0.08, 0.08, 0.06, 0.14)
+_SPOILER_WEIGHTS = (0.3, 0.16, 0.08, 0.08, 0.08, 0.08, 0.08, 0.06, 0.14)

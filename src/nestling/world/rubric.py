@@ -203,7 +203,10 @@ def _arithmetic(facts: Facts, truth: Truth, text: str) -> float:
 
 
 def _story(facts: Facts, truth: Truth, text: str) -> float:
-    parts = contains(text, truth["hero"]), contains(text, truth["thing"])
+    if "hero" in truth:
+        parts = contains(text, truth["hero"]), contains(text, truth["thing"])
+    else:
+        parts = (_any(text, [name for names in facts.lang.get("names.story").values() for name in names]),) * 2
     return sum(parts) / 2 * (1.0 if len(text.split()) >= 20 else 0.5)
 
 

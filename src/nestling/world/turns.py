@@ -76,9 +76,10 @@ def fact(facts: Facts, stream: Stream, split: str) -> Exchange:
 def unknown(facts: Facts, stream: Stream, split: str) -> Exchange:
     """A question on someone who does not exist; the names of the splits are disjoint."""
     nobody = stranger(stream, facts, split)
-    form = facts.lang.get("facts.people")[stream.pick(ATTRIBUTES["people"])]
+    attribute = stream.pick(ATTRIBUTES["people"])
+    form = facts.lang.get("facts.people")[attribute]
     chat, slots = facts.lang.get("chat.unknown"), {"u": nobody}
-    truth = {"kind": "unknown", "name": nobody.name}
+    truth = {"kind": "unknown", "name": nobody.name, "attribute": attribute}
     return Exchange(fill(wording(stream, form["questions"], split), {"p": nobody}),
                     fill(stream.pick(chat["answers"]), slots), fill(stream.pick(chat["terse"]), slots), truth,
                     slots=slots)
@@ -111,11 +112,12 @@ def arithmetic_plain(facts: Facts, stream: Stream, split: str) -> Exchange:
 
 
 def story(facts: Facts, stream: Stream, split: str) -> Exchange:
-    """A wish for a story about someone and something."""
+    """A wish for a story about someone and something, or for any story."""
     form, cast = facts.lang.get("chat.story"), Cast(facts, stream, facts.people[0])
     slots = {"hero": cast.hero(), "friend": cast.hero(), "thing": cast.play("object"), "place": cast.play("place")}
-    truth = {"kind": "story", "hero": slots["hero"].name, "thing": str(slots["thing"])}
-    return Exchange(fill(wording(stream, form["users"], split), slots), fill(stream.pick(form["answers"]), slots),
+    named = stream.chance(0.7)
+    truth = {"kind": "story"} | ({"hero": slots["hero"].name, "thing": str(slots["thing"])} if named else {})
+    return Exchange(fill(wording(stream, form["users" if named else "open_users"], split), slots), fill(stream.pick(form["answers"]), slots),
                     fill(stream.pick(form["terse"]), slots), truth)
 
 
