@@ -13,7 +13,7 @@ from typing import Any
 from nestling.world import pages
 from nestling.world.exercises import SIGNS, letter_slots, operands
 from nestling.world.facts import ATTRIBUTES, Facts, stranger
-from nestling.world.language import capital, fill, wording
+from nestling.world.language import Language, Noun, capital, fill, wording
 from nestling.world.stories import Cast
 from nestling.world.streams import Stream
 
@@ -126,13 +126,20 @@ def rewriting(facts: Facts, stream: Stream, split: str) -> Exchange:
     form = facts.lang.get("chat.rewriting")
     operation = stream.pick(list(form["operations"]))
     pool = "requests" if operation == "polite" else "sentences"
-    text = stream.pick(form[pool if split == "train" else f"heldout_{pool}"])
+    template = stream.pick(form[pool if split == "train" else f"heldout_{pool}"])
+    text = template.format_map({slot: stream.pick(words) for slot, words in _pieces(facts.lang).items()})
     results = {"uppercase": text.upper(), "polite": form["polite_form"].format(text=text),
                "sentence": capital(text) + ".", "repeat": text}
     result = results[operation]
     truth = {"kind": "rewriting", "operation": operation, "answer": result}
     user = fill(wording(stream, form["operations"][operation], split), {"text": text})
     return Exchange(user, form["lead"][0].format(result=result), result, truth, exact=True)
+
+
+def _pieces(lang: Language) -> dict[str, list[Noun]]:
+    """What the short texts are about: so many that they must be read, not remembered."""
+    return {slot: lang.nouns(f"things.{slot}s" if slot != "thing" else "things.objects")
+            for slot in ("thing", "place", "job", "colour")}
 
 
 def listing(facts: Facts, stream: Stream, split: str) -> Exchange:
