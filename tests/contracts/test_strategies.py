@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import CHAT, PAD, TURN_START
 
 NAMES = registry.names("generation.strategies")
+TREES = {"exhaustive": {"top_k": 1}}
+"""What a strategy needs beside its defaults to write a long text."""
 PROMPTS = [[5, 9, 200], [77], list(range(30, 60)), [104, 105], [9] * 17]
 
 
@@ -58,7 +62,7 @@ def complete(model: Decoder, tokenizer: Tokenizer, requests: list[Request], rows
 
 
 def asked(name: str, seed: int = 0, **changes: object) -> list[Request]:
-    sampling = Sampling(strategy=name, **{"max_tokens": 12, **changes})
+    sampling = Sampling(strategy=name, **{"max_tokens": 12, **TREES.get(name, {}), **changes})
     return [Request(ids, sampling, seed=seed + i) for i, ids in enumerate(PROMPTS)]
 
 
@@ -74,7 +78,7 @@ def test_who_shares_the_batch_does_not_matter(model: Decoder, tokenizer: Tokeniz
     together = complete(model, tokenizer, asked(name))
     alone = [complete(model, tokenizer, [request])[0] for request in asked(name)]
     assert [c.ids for c in together] == [c.ids for c in alone]
-    strangers = [Request(ids, Sampling(strategy=other, max_tokens=7), seed=9) for other in NAMES for ids in PROMPTS]
+    strangers = [request for other in NAMES for request in asked(other, seed=9, max_tokens=7)]
     mixed = complete(model, tokenizer, [r for pair in zip(strangers, asked(name), strict=False) for r in pair])
     assert [c.ids for c in mixed[1::2]] == [c.ids for c in alone]
 
@@ -90,7 +94,7 @@ def test_max_tokens_and_valid_ids(model: Decoder, tokenizer: Tokenizer, name: st
 
 
 def test_the_context_is_a_limit(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
-    long = Request([5] * 60, Sampling(strategy=name, max_tokens=50), stop_ids=frozenset())
+    long = Request([5] * 60, asked(name, max_tokens=50)[0].sampling, stop_ids=frozenset())
     done = complete(model, tokenizer, [long])[0]
     assert (len(done.ids), done.finish) == (4, "length")
 
@@ -133,3 +137,35 @@ def test_streaming_gives_the_same_text(model: Decoder, tokenizer: Tokenizer, nam
 def test_an_unknown_option_is_named(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(UserError, match="no_such_option"):
         complete(model, tokenizer, asked(name, options={"no_such_option": 1}))
+
+
+def test_every_row_is_returned_best_first(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
+    rows = Engine(model, tokenizer)._strategy(asked(name)[0].sampling).rows
+    for done in complete(model, tokenizer, asked(name)):
+        assert len(done.others) <= rows - 1
+        assert all(not other.others and 1 <= len(other.ids) <= 12 for other in done.others)
+        texts = [tuple(c.ids) for c in [done, *done.others]]
+        assert len(set(texts)) == len(texts)
+
+
+def test_a_constraint_is_obeyed(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
+    """Rows of a search fork and are dropped: each has its own place in the grammar."""
+    requests = asked(name, constraint={"regex": "(ab|cd)+(x|y[0-9]{2})"}, max_tokens=40)
+    strangers = asked(name, max_tokens=7)
+    mixed = complete(model, tokenizer, [r for pair in zip(strangers, requests, strict=True) for r in pair], rows=320)
+    for done in mixed[1::2]:
+        for text in (done, *done.others):
+            if text.finish == "stop":
+                assert re.fullmatch("(ab|cd)+(x|y[0-9]{2})", text.text)
+            else:
+                assert re.match("(ab|cd)*", text.text)
+    assert [c.ids for c in mixed[::2]] == [c.ids for c in complete(model, tokenizer, strangers)]
+
+
+def test_no_stop_before_min_tokens(model: Decoder, tokenizer: Tokenizer, name: str) -> None:
+    """Half of all tokens would stop the text."""
+    stops = frozenset(range(0, tokenizer.vocab_size, 2))
+    for request in asked(name, min_tokens=5):
+        done = complete(model, tokenizer, [replace(request, stop_ids=stops)])[0]
+        assert len(done.ids) > 5
+        assert not stops & set(done.ids[:5])

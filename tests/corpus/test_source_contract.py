@@ -8,10 +8,11 @@ import pytest
 
 from nestling.core import registry
 from nestling.core.config import Config
-from nestling.core.types import Conversation, Document, Problem, PromptRow, Ranking
+from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 
 KINDS = {
     "documents": Document, "conversations": Conversation, "rankings": Ranking, "prompts": PromptRow, "problems": Problem,
+    "labels": Labelled,
 }  # fmt: skip
 OFFERS = [
     (name, what)

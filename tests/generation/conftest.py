@@ -37,3 +37,14 @@ def model(tokenizer: Tokenizer) -> Decoder:
 @pytest.fixture
 def engine(model: Decoder, tokenizer: Tokenizer) -> Engine:
     return Engine(model, tokenizer, rows=8)
+
+
+@pytest.fixture(scope="session")
+def letters() -> Tokenizer:
+    """Four tokens: a b c <|endoftext|>."""
+    return Tokenizer.characters(["abc"], byte_fallback=False)
+
+
+@pytest.fixture
+def toy(letters: Tokenizer) -> Decoder:
+    return random_model(letters.vocab_size, context=16)

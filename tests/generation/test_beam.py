@@ -1,42 +1,22 @@
-"""Beam search against the enumeration of all texts of a toy."""
+"""Searches against the enumeration of all texts of a toy, and against transformers."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
-from toys.models import random_model
+import transformers
+from toys.texts import LENGTH, LETTERS, STOP, all_texts
 
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
-from nestling.model.decoder import Decoder
+from nestling.model import checkpoint
+from nestling.model.architectures import llama
+from nestling.model.decoder import Decoder, build
 from nestling.tokenizer.bpe import Tokenizer
-
-LETTERS, LENGTH = 4, 4
-STOP = 0
-
-
-@pytest.fixture(scope="module")
-def letters() -> Tokenizer:
-    return Tokenizer.characters(["abc"], byte_fallback=False)  # ids: a b c <|endoftext|>
-
-
-@pytest.fixture
-def toy(letters: Tokenizer) -> Decoder:
-    return random_model(letters.vocab_size, context=16)
-
-
-def all_texts(model: Decoder, prompt: list[int]) -> dict[tuple[int, ...], float]:
-    """Log-probability of every text that ends with STOP, or has LENGTH tokens without it."""
-    scores: dict[tuple[int, ...], float] = {}
-    for text in itertools.product(range(LETTERS), repeat=LENGTH):
-        kept = text[: text.index(STOP) + 1] if STOP in text else text
-        with torch.no_grad():
-            logprobs = model(torch.tensor([[*prompt, *kept[:-1]]]))[0, len(prompt) - 1 :].log_softmax(-1)
-        scores[kept] = logprobs[range(len(kept)), list(kept)].sum().item()
-    return scores
 
 
 def search(
@@ -68,3 +48,26 @@ def test_one_beam_is_greedy_and_more_are_likelier(toy: Decoder, letters: Tokeniz
         gains.append(search(toy, letters, list(prompt), 8, 0.0)[1] - sum(done.logprobs))
     assert max(gains) > 0.01
     assert sum(gains) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("beams", [1, 3, 8])
+def test_texts_of_one_length_are_those_of_transformers(tmp_path: Path, beams: int, alpha: float) -> None:
+    """All of them, in order. (Where texts end early, transformers keeps R live ones beside those that ended.)"""
+    tokenizer = Tokenizer.train(["the cat sat on the mat"] * 3, vocab_size=270)
+    model = build(llama.tiny().with_(vocab_size=tokenizer.vocab_size)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0, 0.4, generator=torch.Generator().manual_seed(len(parameter)))
+    checkpoint.save(tmp_path, model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = [7, 70, 170]
+    sampling = Sampling(strategy="beam", max_tokens=12, options={"beams": beams, "length_penalty": alpha})
+    done = Engine(model, tokenizer).generate([Request(prompt, sampling, stop_ids=frozenset())])[0]
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found = theirs.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 3), num_beams=beams, num_return_sequences=beams,
+        length_penalty=alpha, **settings,
+    )  # fmt: skip
+    assert [c.ids for c in (done, *done.others)] == found[:, len(prompt) :].tolist()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import generation as hub
 
 from nestling.generation import filters
+from nestling.generation.sampling import Sampling
 
 ROWS, VOCABULARY = 7, 700
 
@@ -61,12 +63,75 @@ def test_repetition_penalty(logits: Tensor) -> None:
     torch.testing.assert_close(filters.repetition_penalty(logits, torch.tensor(values), seen), expected)
 
 
+def test_count_penalties(logits: Tensor) -> None:
+    """OpenAI's published formula, token by token: mu[j] - c[j] * frequency - float(c[j] > 0) * presence."""
+    frequency = [0.0, 0.5, 1.0, 2.0, -1.0, 0.0, 0.3]
+    presence = [0.0, 0.0, 0.7, 2.0, -2.0, 1.5, 0.0]
+    counts = torch.randint(4, (ROWS, VOCABULARY), generator=torch.Generator().manual_seed(2))
+    found = filters.count_penalties(logits, torch.tensor(frequency), torch.tensor(presence), counts)
+    for row in range(ROWS):
+        for j in range(0, VOCABULARY, 13):
+            count = int(counts[row, j])
+            expected = float(logits[row, j]) - count * frequency[row] - float(count > 0) * presence[row]
+            assert float(found[row, j]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_typical_p(logits: Tensor, spread: float) -> None:
+    values = [0.01, 0.2, 0.5, 0.9, 0.95, 0.999, 1.0]
+    scaled = logits / 4 * spread
+    scaled[:, 5:50] = -torch.inf  # what filters before it dropped
+    expected = by_row(scaled, [hub.TypicalLogitsWarper(v) if v < 1 else None for v in values])
+    torch.testing.assert_close(filters.typical_p(scaled, torch.tensor(values)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_epsilon_cutoff(logits: Tensor, spread: float) -> None:
+    values = [0.0, 3e-4, 1e-3, 0.01, 0.1, 0.5, 0.99]
+    scaled = logits / 4 * spread
+    expected = by_row(scaled, [hub.EpsilonLogitsWarper(v) if v else None for v in values])
+    torch.testing.assert_close(filters.epsilon_cutoff(scaled, torch.tensor(values)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_eta_cutoff(logits: Tensor, spread: float) -> None:
+    values = [0.0, 3e-4, 1e-3, 0.01, 0.1, 0.5, 0.99]
+    scaled = logits / 4 * spread
+    scaled[:, 5:50] = -torch.inf
+    expected = by_row(scaled, [hub.EtaLogitsWarper(v) if v else None for v in values])
+    torch.testing.assert_close(filters.eta_cutoff(scaled, torch.tensor(values)), expected, rtol=0, atol=0)
+
+
+def test_rungs_are_in_the_order_of_transformers() -> None:
+    """Composed, they give what transformers' own list of warpers gives, which it makes in its order."""
+    chosen = {"top_k": 40, "top_p": 0.9, "min_p": 0.02, "typical_p": 0.95, "epsilon_cutoff": 0.002, "eta_cutoff": 0.01}
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(9)) * 2
+    settings = transformers.GenerationConfig(do_sample=True, temperature=0.8, **chosen)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
+    theirs = model._get_logits_processor(settings, input_ids_seq_length=1, device="cpu")
+    expected = theirs(torch.zeros(3, 1, dtype=torch.long), logits.clone())
+    ours = logits
+    for name, rung in filters.LADDER.items():
+        ours = rung(ours, torch.tensor([{"temperature": 0.8, **chosen}[name]] * 3))
+    assert 1 < int((expected[0] > -torch.inf).sum()) < 40
+    torch.testing.assert_close(ours, expected)
+
+
+def test_every_rung_is_a_field_whose_default_changes_nothing(logits: Tensor) -> None:
+    for name, rung in filters.LADDER.items():
+        neutral = torch.full((ROWS,), Sampling.model_fields[name].default)
+        torch.testing.assert_close(rung(logits, neutral), logits, rtol=0, atol=0)
+
+
 def test_inputs_are_left_alone(logits: Tensor) -> None:
     before = logits.clone()
     filters.top_k(logits, torch.full((ROWS,), 3))
     filters.top_p(logits, torch.full((ROWS,), 0.5))
     filters.min_p(logits, torch.full((ROWS,), 0.5))
     filters.repetition_penalty(logits, torch.full((ROWS,), 2.0), torch.ones_like(logits, dtype=torch.bool))
+    filters.typical_p(logits, torch.full((ROWS,), 0.5))
+    filters.eta_cutoff(logits, torch.full((ROWS,), 0.5))
+    filters.count_penalties(logits, torch.ones(ROWS), torch.ones(ROWS), torch.ones_like(logits))
     assert torch.equal(before, logits)
 
 

@@ -60,12 +60,6 @@ def test_rope_is_written_for_both_generations_of_readers_and_read_from_both(fold
         assert checkpoint.load(folder).model.config.rope_theta == 5e5
 
 
-def test_scaled_rope_is_refused(folder: Path) -> None:
-    rewrite(folder / "config.json", rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4})
-    with pytest.raises(UserError, match="only plain RoPE"):
-        checkpoint.load(folder)
-
-
 def test_a_chat_model_ends_with_its_turn_token(tokenizer: Tokenizer, tmp_path: Path) -> None:
     chat = tokenizer.with_special(CHAT)
     checkpoint.save(tmp_path / "m", tiny(chat), chat)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import keyword
 import sys
 import traceback
 from pathlib import Path
@@ -15,12 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from nestling import __version__
+from nestling.core import ranks
 from nestling.core.errors import Interrupted, UserError
 from nestling.core.metrics import say
 from nestling.core.registry import names
 
 USER_ERROR, INTERRUPTED = 2, 130
-VERBS = {"run": "runs", "report": "runs", "chat": "models", "generate": "models"}
+VERBS = {
+    "run": "runs",
+    "report": "runs",
+    "chat": "models",
+    "generate": "models",
+    "decode-lab": "decode_lab",
+    "serve": "serve",
+    "feedback": "feedback",
+    "verify-export": "exporting",
+}
 """Verb -> the file of cli/ whose function it is; every file of stages/ is a verb too."""
 _UsageError: Any = typer.BadParameter.__base__  # typer carries click inside it from some version on; the name moved
 
@@ -36,7 +47,7 @@ def build_app(called: str | None = None) -> typer.Typer:
     for verb, file in VERBS.items():
         ready = called in (None, verb)
         app.command(verb)(
-            getattr(importlib.import_module(f"nestling.cli.{file}"), verb) if ready else _listed(file, verb)
+            getattr(importlib.import_module(f"nestling.cli.{file}"), _function(verb)) if ready else _listed(file, verb)
         )
     for stage in names("stages"):
         verb = stage.replace("_", "-")
@@ -45,11 +56,17 @@ def build_app(called: str | None = None) -> typer.Typer:
     return app
 
 
+def _function(verb: str) -> str:
+    """The Python name of a verb: verify-export -> verify_export, import -> import_."""
+    name = verb.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
 def _listed(file: str, verb: str | None = None) -> Any:
     """A verb that can't run, with the docstring of a function of cli/, or of a file of stages/, read without import."""
     path = Path(__file__).parents[1] / ("cli" if verb else "stages") / f"{file}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == verb]
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == _function(verb or "")]
 
     def listed() -> None:
         return None
@@ -94,7 +111,7 @@ def _usage(error: Any) -> str:
 def _fail(line: str, code: int) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    say(line)
+    say(line if ranks.is_main() else f"[process {ranks.rank()}] {line}")
     sys.exit(code)
 
 

@@ -71,7 +71,7 @@ def _open(folder: Path, options: ChatOptions) -> ChatSession:
     if TURN_START not in checkpoint.tokenizer.special:
         fix = "fine-tune it on conversations (sft), or use nestling generate"
         raise UserError("this is a base model: it continues text, it does not chat", where=folder, fix=fix)
-    engine = Engine(checkpoint.model, checkpoint.tokenizer, rows=4)
+    engine = Engine(checkpoint.model, checkpoint.tokenizer, rows=4, frozen=True)
     session = ChatSession(engine, system=options.system, tools=options.tools, sampling=CHAT_SAMPLING, seed=options.seed)
     for name, value in options.params.items():
         session.set(name, value)

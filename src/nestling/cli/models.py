@@ -43,7 +43,7 @@ def generate(
 ) -> None:
     """Continue a text."""
     found = open_writer(model, device)
-    engine = Engine(found.model, found.tokenizer)
+    engine = Engine(found.model, found.tokenizer, frozen=True)
     given = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens}
     sampling = parse(Sampling, given, "generate")
     ids = [found.tokenizer.end_of_text, *found.tokenizer.encode(prompt)]

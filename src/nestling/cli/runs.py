@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nestling.core import pipeline
+from nestling.core import pipeline, ranks
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
 from nestling.core.recipe import Recipe, StageSpec, load_recipe
@@ -46,7 +46,8 @@ def run(
         plan = _on_bad_row(plan, on_bad_row)
     folder = out or Path("runs") / plan.name
     pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet)
-    show(folder)
+    if ranks.is_main():
+        show(folder)
 
 
 def report(

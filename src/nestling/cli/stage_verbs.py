@@ -13,7 +13,7 @@ import yaml
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from nestling.core import pipeline
+from nestling.core import pipeline, ranks
 from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.recipe import build_recipe, changed
@@ -36,7 +36,8 @@ def verb(name: str) -> Any:
         recipe = build_recipe({"name": name, "seed": given["seed"], "stages": {name: body}})
         runtime = detect(given["device"], given["dtype"], given["threads"])
         reports = pipeline.run(recipe, given["out"], runtime, quiet=given["quiet"])
-        Console(highlight=False).print_json(data=reports[name], default=str)
+        if ranks.is_main():
+            Console(highlight=False).print_json(data=reports[name], default=str)
 
     run.__doc__ = f"{(module.__doc__ or name).strip().splitlines()[0]}"
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from nestling import __version__
+from nestling.core import ranks
 from nestling.core.config import Config, nearest, parse
 from nestling.core.errors import Interrupted, UserError
 from nestling.core.metrics import say
@@ -123,18 +125,23 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Run a recipe into the folder `out`; returns each stage's report by name.
 
+    Of several processes (torchrun) all work on stages that train; the main one does the others while the rest waits. They
+    must see one file system.
+
     Raises:
         UserError: bad input, a locked or read-only folder, a full disk. Finished stages stay finished.
         Interrupted: Ctrl-C; the stage will resume.
     """
     plans = plan(recipe, out, until)
     reports = {}
-    with FolderLock(out):
+    with ranks.group(runtime.device), FolderLock(out) if ranks.is_main() else nullcontext():
         try:
-            write_json(out / "recipe.json", recipe.model_dump(mode="json"))
+            if ranks.is_main():
+                write_json(out / "recipe.json", recipe.model_dump(mode="json"))
             for number, stage in enumerate(plans, 1):
                 title = f"[{number}/{len(plans)}] {stage.spec.name}"
-                reports[stage.spec.name] = _run_stage(stage, recipe.seed, out, runtime, quiet, title)
+                work = _run_stage if ranks.is_main() else _help_stage
+                reports[stage.spec.name] = work(stage, recipe.seed, out, runtime, quiet, title)
         except OSError as error:
             raise disk_error(error, Path(error.filename or out)) from error
         except KeyboardInterrupt:
@@ -146,16 +153,29 @@ def _run_stage(stage: Plan, seed: int, out: Path, runtime: Runtime, quiet: bool,
     folder = out / stage.spec.name
     if (record := finished(folder, stage.key)) or (record := _bring_back(folder, stage.key)):
         say(f"{title}: unchanged, skipped ({record['seconds']:.0f} s saved)")
+        ranks.tell(f"{stage.spec.name} done", "skipped")
         return record["report"]
     resuming = _prepare(folder, stage.key)
     say(f"{title}: {'resuming' if resuming else 'starting'}")
     context = StageContext(stage.spec.name, folder, stage.reads, seed, runtime, quiet)
     started = time.perf_counter()
+    ranks.tell(f"{stage.spec.name} begins", "now")
     report = finite(stage.module.run(stage.settings, context))
     seconds = time.perf_counter() - started
     _complete(stage, folder, seed, report, seconds)
     say(f"{title}: done in {seconds:.0f} s")
+    ranks.tell(f"{stage.spec.name} done", "now")
     return report
+
+
+def _help_stage(stage: Plan, seed: int, out: Path, runtime: Runtime, quiet: bool, title: str) -> dict[str, Any]:
+    """What the other processes do in a stage: train with the main one, wait for what it does alone."""
+    folder = out / stage.spec.name
+    begins, done = f"{stage.spec.name} begins", f"{stage.spec.name} done"
+    if "training" in type(stage.settings).model_fields and ranks.first_told(begins, done) == begins:
+        stage.module.run(stage.settings, StageContext(stage.spec.name, folder, stage.reads, seed, runtime, quiet=True))
+    ranks.first_told(done)
+    return read_json(folder / "stage.json")["report"]
 
 
 def finished(folder: Path, key: str | None = None) -> dict[str, Any] | None:

@@ -40,6 +40,28 @@ class Runtime:
         return f"{self.device.type}, {str(self.dtype).removeprefix('torch.')}, {self.threads} threads"
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun says about this process: its number of `world`, and its number of `local_world` on this machine.
+
+    >>> Launch(rank=5, world=8, local_rank=1, local_world=4).rank
+    5
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def launched() -> Launch | None:
+    """This process's place among those that torchrun started; None where nobody started several."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in (*names, "MASTER_ADDR")):
+        return None
+    return Launch(*(int(os.environ[name]) for name in names))
+
+
 def detect(device: str = "auto", dtype: str = "auto", threads: int | None = None) -> Runtime:
     """The best device and matmul precision here: CUDA, MPS or CPU; bf16 where the hardware is fast at it.
 
@@ -72,7 +94,9 @@ def _device(name: str) -> torch.device:
 
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if here[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if here[kind])
+    if name == "cuda" and (launch := launched()):
+        name = f"cuda:{launch.local_rank}"  # each process of a machine takes a chip of its own
     kind, _, number = name.partition(":")
     if number and not number.isdigit():
         raise UserError("unknown device", where="--device", value=name, fix="use cuda:0, cuda:1, …")

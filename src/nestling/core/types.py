@@ -235,3 +235,35 @@ class Problem(PromptRow):
     def to_row(self) -> dict[str, Any]:
         """The JSON object."""
         return super().to_row() | {"answer": self.answer, "verifier": self.verifier}
+
+
+class Labelled(Row):
+    """A text and the categories that it belongs to.
+
+    `labels` is a list, or says of each category whether it applies; null means that nobody looked. `judged` holds the
+    categories that were looked at, None where all were: a report of one thing says nothing about the others.
+
+    >>> Labelled.from_row({"text": "Shut up!", "labels": {"harassment": True, "hate": False}}).judged
+    ('harassment', 'hate')
+    """
+
+    text: str
+    labels: tuple[str, ...]
+    judged: tuple[str, ...] | None = None
+    meta: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_mapping(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("labels"), Mapping):
+            return data
+        said = {name: value for name, value in data["labels"].items() if value is not None}
+        if wrong := [value for value in said.values() if value not in (0, 1)]:
+            raise ValueError(f"labels are true or false, not {wrong[0]!r}")
+        return {**data, "labels": [name for name, value in said.items() if value], "judged": list(said)}
+
+    @model_validator(mode="after")
+    def _labels_are_judged(self) -> Self:
+        if self.judged is not None and (unseen := [name for name in self.labels if name not in self.judged]):
+            raise ValueError(f"labels has {unseen[0]!r}, and judged has not")
+        return self

@@ -14,7 +14,7 @@ from nestling.core import registry
 from nestling.core.config import Config, parse
 from nestling.core.errors import UserError
 from nestling.core.storage import BadRows
-from nestling.core.types import Conversation, Document, Problem, PromptRow, Ranking
+from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 from nestling.corpus.splits import Split, unit_hash
 
 
@@ -90,6 +90,10 @@ class Mixture:
     def problems(self, split: Split) -> Iterator[Problem]:
         """Problems with a checkable answer."""
         return self._read("problems", split)
+
+    def labels(self, split: Split) -> Iterator[Labelled]:
+        """Texts with the categories that they belong to."""
+        return self._read("labels", split)
 
     def _read(self, what: str, split: Split) -> Iterator[Any]:
         for place, source in enumerate(self.sources):

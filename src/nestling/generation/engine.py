@@ -1,11 +1,14 @@
 """The one generation engine: many requests at once, each with its own parameters, seed, stops and interjections.
 
-A step is: admit waiting requests, compute prompts and forced tokens (`Slots.fill`), one token of every row through the
-model, one vectorised call of each strategy in use, then bookkeeping per request. Requests enter and leave between steps.
+A step is: admit waiting requests, compute a bounded number of prompt and forced tokens (`Slots.fill`), one token of every
+row that is ready through the model, one vectorised call of each strategy in use, then bookkeeping per request. Requests
+enter and leave between steps, and a long prompt is spread over several.
 
-The engine holds the live module, not a copy: what a trainer changes is what the next step uses. It computes in the dtype
-of the weights unless told otherwise. On a CPU that should be float32: with bfloat16, rounding depends on the size of the
-batch, and a reply could depend on who shares it.
+The engine holds the live module: what a trainer changes is what the next step uses. A server, whose weights stay, says
+`frozen`: then a packed copy computes (`generation/packed.py`), and beginnings are remembered from request to request.
+
+It computes in the dtype of the weights unless told otherwise. On a CPU that should be float32: with bfloat16, rounding
+depends on the size of the batch, and a reply could depend on who shares it.
 """
 
 from __future__ import annotations
@@ -14,24 +17,31 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from nestling.core import registry
 from nestling.core.errors import UserError
-from nestling.generation.sampling import Sampling
-from nestling.generation.sequence import Completion, Piece, Request, Row, Running
-from nestling.generation.slots import Slots
+from nestling.core.runtime import stream_seed
+from nestling.generation.constraints import Grammars
+from nestling.generation.groups import Group, alternatives, chosen, measure
+from nestling.generation.packed import pack
+from nestling.generation.sampling import Sampling, check_tokens
+from nestling.generation.sequence import Alternatives, Completion, Piece, Request, Row, Running
+from nestling.generation.slots import PREFILL_TOKENS, Limits, Slots
+from nestling.generation.speculation import STRATEGIES as SPECULATING
+from nestling.generation.speculation import Draft, Proposal, Speculation, check_draft
 from nestling.generation.strategy import DROP, KEEP, Decoding, View
 from nestling.model.decoder import Decoder
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import END_OF_TEXT, PAD, TURN_END, TURN_START
 
+PROBED = 997
+"""One weight in so many is looked at to see whether training went on."""
 Table = list[list[int]]
 """[G, R] numbers on the host."""
-ADMIT_TOKENS = 8192
-"""Prompt tokens admitted per step, so that those who are decoding never wait long."""
 
 
 class Engine:
@@ -42,10 +52,13 @@ class Engine:
         tokenizer: gives the stop tokens and the text.
         rows: requests (or beams) that run at once; others wait.
         capacity: longest prompt + continuation in tokens; the model's context when not given.
-        dtype: compute in this dtype by autocast; None: the dtype of the weights.
+        dtype: compute in this dtype, by autocast or, when frozen, with weights stored in it (int8 too); None: the
+            dtype of the weights.
+        frozen: the weights will not change, or only while no request is there: faster, and takes their memory again.
+        limits: prompt tokens per step and memory for shared beginnings.
 
     Raises:
-        UserError: the tokenizer has more tokens than the model.
+        UserError: the tokenizer has more tokens than the model, or a dtype that can't be used.
 
     >>> engine = Engine(model, tokenizer)                                            # doctest: +SKIP
     >>> engine.generate([Request(tokenizer.encode("Once"), Sampling(max_tokens=20))])[0].text   # doctest: +SKIP
@@ -59,20 +72,36 @@ class Engine:
         rows: int = 32,
         capacity: int | None = None,
         dtype: torch.dtype | None = None,
+        frozen: bool = False,
+        limits: Limits = Limits(),
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model only {model.config.vocab_size}",
                 fix="use the tokenizer that was saved with the model",
             )
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
+        self.model, self.tokenizer, self.dtype, self.frozen = model, tokenizer, dtype, frozen
         self.capacity = min(capacity or model.config.context, model.config.context)
         self.stop_ids = frozenset(tokenizer.special[n] for n in (TURN_END, END_OF_TEXT) if n in tokenizer.special)
-        self._slots = Slots(model, rows, self.capacity, dtype)
+        self._slots = Slots(model, rows, self.capacity, _cache_dtype(model, dtype, frozen), limits)
+        self._speculation = Speculation()
+        self._packed_at: tuple[object, ...] | None = None  # the state of the weights that were packed
         self._waiting: deque[tuple[Running, bool]] = deque()
         self._strategies: dict[str, Decoding] = {}
-        self._groups: list[_Group] | None = None
+        self._groups: list[Group] | None = None
+        self._some_cancelled = False
+        self._grammars = Grammars(tokenizer)
         self._banned = _banned_tokens(model, tokenizer)
+
+    def draft_with(self, model: Decoder) -> None:
+        """Let a smaller model propose tokens to the requests that `speculate`, instead of a look-up in their own text.
+
+        Raises:
+            UserError: it has another vocabulary.
+        """
+        check_draft(model, self.model.config.vocab_size)
+        draft = pack(model) if self.frozen else model.eval()
+        self._speculation = Speculation(Draft(draft, self._slots.rows, self.capacity, self._slots.limits.prefill))
 
     # ---- whole texts ----
 
@@ -115,10 +144,13 @@ class Engine:
         """Queue a request; `step` until its `completion` is there.
 
         Raises:
-            UserError: an empty prompt or one that leaves no room, an unknown strategy or option, too many rows.
+            UserError: an empty prompt or one that leaves no room, an unknown strategy or option, too many rows,
+                a constraint that can't be enforced.
         """
         self._check(request.ids)
         strategy = self._strategy(request.sampling)
+        strategy.check(request.sampling, self.model.config.vocab_size)
+        check_tokens(request.sampling, self.model.config.vocab_size)
         if strategy.rows > self._slots.rows:
             raise UserError(
                 f"the strategy takes {strategy.rows} rows, the engine has {self._slots.rows}",
@@ -129,14 +161,40 @@ class Engine:
                 "tools need a strategy with one row", where="sampling.strategy", value=request.sampling.strategy,
                 fix="use sample or greedy",
             )  # fmt: skip
+        if request.speculate and request.sampling.strategy not in SPECULATING:
+            raise UserError(
+                "speculation needs sample or greedy", where="sampling.strategy", value=request.sampling.strategy,
+                fix="set speculate to 0",
+            )  # fmt: skip
+        if not self.busy:
+            self._begin_work()
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
         running = Running(request, self.tokenizer, stop_ids=stops, width=strategy.rows, capacity=self.capacity)
+        running.reads_prompt = strategy.READS_PROMPT
+        if request.sampling.constraint is not None:
+            running.guide = self._grammars.open(request.sampling.constraint, stops)
         self._waiting.append((running, stream))
         return running
+
+    def submit_samples(self, request: Request, n: int, *, stream: bool = False) -> list[Running]:
+        """Queue n independent continuations of one prompt, which is computed once.
+
+        The first is what the request alone gives; the others have random streams of their own, derived from its seed.
+
+        Raises:
+            UserError: as `submit`; or a request that interjects, as that is the state of one continuation.
+        """
+        if request.interject is not None and n > 1:
+            raise UserError(
+                "several samples can't share one interjection", where="n", value=n, fix="submit them one by one"
+            )
+        seeds = [request.seed, *(stream_seed(request.seed, "sample", i) for i in range(1, n))]
+        return [self.submit(replace(request, seed=seed), stream=stream) for seed in seeds]
 
     def cancel(self, running: Running) -> None:
         """Give a request up: its rows are free before the next step computes anything. A done one stays as it is."""
         running.cancelled = running.completion is None
+        self._some_cancelled |= running.cancelled
 
     @property
     def busy(self) -> bool:
@@ -148,55 +206,112 @@ class Engine:
         with self._computing():
             done = self._remove_cancelled()
             self._admit()
-            if self._slots.table:
-                self._advance(self._slots.decode())
+            if self._grouped():
+                self._decode()
                 done += self._remove_finished()
         return done
 
     # ---- parts of a step ----
 
+    def _begin_work(self) -> None:
+        """Nobody is being served, so the weights may be others than before."""
+        if not self.frozen:
+            self._slots.forget()
+        elif (state := _state(self.model)) != self._packed_at:
+            self._slots.model = pack(self.model, self.dtype)
+            self._slots.forget()
+            self._packed_at = state
+
     def _remove_cancelled(self) -> list[Running]:
+        if not self._some_cancelled:
+            return []
+        self._some_cancelled = False
         live = {id(running): running for running, _ in self._slots.table}
         gone = [running for running in live.values() if running.cancelled]
         self._free(gone)
         gone += [running for running, _ in self._waiting if running.cancelled]
         self._waiting = deque(entry for entry in self._waiting if not entry[0].cancelled)
         for running in gone:
-            running.complete(running.rows[0] if running.rows else Row(-1, None), finish="cancelled")
+            running.complete(running.rows[:1] or [Row(-1, None)], finish="cancelled")
         return gone
 
     def _admit(self) -> None:
-        """First come, first served, as long as rows are free; then bring all rows to one pending token."""
-        tokens = 0
-        fresh: list[Running] = []
-        while self._waiting and self._waiting[0][0].width <= self._slots.free and tokens < ADMIT_TOKENS:
+        """First come, first served, as long as rows are free; then bring rows nearer to one pending token.
+
+        Those who wait for their prompts to be computed take rows, so nobody enters while there are too many of them.
+        """
+        tokens = sum(len(running.prompt) for running in self._slots.filling)
+        while self._waiting and self._waiting[0][0].width <= self._slots.free and tokens < PREFILL_TOKENS:
             running, stream = self._waiting.popleft()
             running.start(stream)
             for row in running.rows:
                 self._slots.take(running, row)
             tokens += len(running.prompt)
-            fresh.append(running)
-        outputs = {id(running): hidden for running, hidden in self._slots.fill()}
-        none = self.model.output_weight.new_zeros(0, self.model.config.d_model)
-        for running in fresh:
             self._groups = None
-            running.memory = self._strategy(running.sampling).begin(outputs.get(id(running), none))
-
-    def _advance(self, hidden: Tensor) -> None:
-        """hidden [N, D] of all rows -> a token for every row."""
-        raw = self.model.unembed(hidden).float()  # [N, V]
-        logits = raw if self._banned is None else raw.masked_fill(self._banned, -torch.inf)
+        before = self._slots.filling
+        self._slots.fill()
+        if before != self._slots.filling:
+            self._groups = None
         for group in self._grouped():
-            view = View(group.running, group.pick(logits), group.pick(hidden), group.columns)
-            parents, tokens = group.strategy.advance(view)
-            logprobs = _log_probabilities(group.pick(raw), view, parents, tokens)
-            self._accept(group, parents.tolist(), tokens.tolist(), logprobs.tolist())
+            for running in group.running:
+                if not running.begun:
+                    self._begin(running, group.strategy)
 
-    def _accept(self, group: _Group, parents: Table, tokens: Table, logprobs: list[list[float]]) -> None:
+    def _begin(self, running: Running, strategy: Decoding) -> None:
+        none = self.model.output_weight.new_zeros(0, self.model.config.d_model)
+        running.memory = strategy.begin(torch.cat(running.outputs) if running.outputs else none)
+        running.begun, running.outputs = True, []
+
+    def _decode(self) -> None:
+        """A token for every row that is ready, and more where proposals are taken."""
+        groups = self._grouped()
+        proposals = self._speculation.propose([r for group in groups if group.strategy.rows == 1 for r in group.running],
+                                              self._banned)  # fmt: skip
+        hidden = self._slots.decode({r.rows[0].slot: proposal.tokens for r, proposal in proposals.items()})  # [N, T, D]
+        raw = self._slots.model.unembed(hidden).float()  # [N, T, V]
+        for place in range(hidden.shape[1]):
+            going: list[Running] = []
+            for group in self._split(groups, proposals, place) if proposals else groups:
+                going += self._advance(group, raw[:, place], hidden[:, place], place)
+            groups = self._group(going) if going else []
+
+    def _advance(self, group: Group, raw: Tensor, hidden: Tensor, place: int) -> list[Running]:
+        """raw [N, V] and hidden [N, D] of all rows -> a token for every row of the group; who goes on at once."""
+        raw = group.pick(raw)
+        logits = raw if self._banned is None else raw.masked_fill(self._banned, -torch.inf)
+        view = View(group.running, logits, group.pick(hidden), group.columns)
+        taken: list[bool] = []
+        if group.proposals:
+            decided, accepted = self._speculation.decide(view, group.proposals, place)
+            tokens, taken = decided.unsqueeze(1), accepted.tolist()
+            parents = torch.zeros_like(tokens)
+        else:
+            parents, tokens = group.strategy.advance(view)
+        measured = measure(raw, view)
+        logprobs = chosen(measured, parents, tokens)
+        tops = alternatives(measured, view, parents)
+        self._accept(group, parents.tolist(), tokens.tolist(), logprobs.tolist(), tops)
+        return [r for r, is_taken in zip(group.running, taken, strict=False) if is_taken and _goes_on(r)]
+
+    def _split(self, groups: list[Group], proposals: dict[Running, Proposal], place: int) -> list[Group]:
+        """Those with a proposal at this place apart from the others."""
+        parts: list[Group] = []
+        for group in groups:
+            some = [r for r in group.running if r in proposals and place < len(proposals[r].tokens)]
+            parts += self._group(some)
+            if some:
+                parts[-1].proposals = [proposals[r] for r in some]
+            proposed = set(some)
+            parts += self._group([r for r in group.running if r not in proposed])
+        return parts
+
+    def _accept(
+        self, group: Group, parents: Table, tokens: Table, logprobs: list[list[float]], tops: list[list[Alternatives]]
+    ) -> None:
         """Carry out what a strategy decided for its requests."""
         if group.strategy.rows == 1:
-            for running, (token,), (logprob,) in zip(group.running, tokens, logprobs, strict=True):
-                running.append(running.rows[0], token, logprob)
+            for running, (token,), (logprob,), (top,) in zip(group.running, tokens, logprobs, tops, strict=True):
+                running.append(running.rows[0], token, logprob, top)
             return
         moves: list[tuple[int, Running, Row]] = []
         for running, origin in zip(group.running, parents, strict=True):
@@ -205,9 +320,9 @@ class Engine:
             moves += [(slots[parent], running, row) for parent, row in zip(origin, rows, strict=True)]
             running.rows = rows
         self._slots.follow(moves)
-        for running, chosen, scored in zip(group.running, tokens, logprobs, strict=True):
-            for row, token, logprob in zip(running.rows, chosen, scored, strict=True):
-                _extend(running, row, token, logprob)
+        for running, *decided in zip(group.running, tokens, logprobs, tops, strict=True):
+            for row, (token, logprob, top) in zip(running.rows, zip(*decided, strict=True), strict=True):
+                _extend(running, row, token, logprob, top)
 
     def _remove_finished(self) -> list[Running]:
         done: list[Running] = []
@@ -215,27 +330,37 @@ class Engine:
             for running in group.running:
                 if all(row.finish is not None for row in running.rows):
                     done.append(running)
+        if self.frozen:
+            for running in done:
+                self._slots.keep(running)
         self._free(done)
         for running in done:
-            running.complete(running.rows[self._strategy(running.sampling).best(running.rows)])
+            order = self._strategy(running.sampling).order(running.rows)
+            running.complete([running.rows[place] for place in order])
         return done
 
     def _free(self, gone: list[Running]) -> None:
+        for running in gone:
+            self._speculation.release(running)
         if gone:
             self._slots.release({row.slot for running in gone for row in running.rows})
             self._groups = None
 
-    def _grouped(self) -> list[_Group]:
+    def _grouped(self) -> list[Group]:
         """The live requests by strategy, made anew when somebody came or went."""
         if self._groups is None:
-            groups: dict[int, _Group] = {}
-            for running in dict.fromkeys(running for running, _ in self._slots.table):
-                strategy = self._strategy(running.sampling)
-                groups.setdefault(id(strategy), _Group(strategy)).running.append(running)
-            self._groups = list(groups.values())
-            for group in self._groups:
-                group.locate(self.model.output_weight.device)
+            live = dict.fromkeys(running for running, _ in self._slots.table)
+            self._groups = self._group([running for running in live if running not in self._slots.filling])
         return self._groups
+
+    def _group(self, live: Sequence[Running]) -> list[Group]:
+        groups: dict[int, Group] = {}
+        for running in live:
+            strategy = self._strategy(running.sampling)
+            groups.setdefault(id(strategy), Group(strategy)).running.append(running)
+        for group in groups.values():
+            group.locate(self.model.output_weight.device)
+        return list(groups.values())
 
     def _strategy(self, sampling: Sampling) -> Decoding:
         key = sampling.strategy + (json.dumps(sampling.options, sort_keys=True) if sampling.options else "")
@@ -262,36 +387,25 @@ class Engine:
     def _computing(self) -> Iterator[None]:
         """No gradients, no dropout, the engine's own precision; the modules' modes are put back as they were."""
         training = [module for module in self.model.modules() if module.training] if self.model.training else []
-        device = self.model.output_weight.device.type
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.autocast(device, dtype=self.dtype, enabled=self.dtype is not None))
+            if self.dtype is not None and not self.frozen:
+                stack.enter_context(torch.autocast(self.model.output_weight.device.type, dtype=self.dtype))
             if training:
                 stack.callback(_set_training, training)
                 self.model.eval()
             yield
 
 
-class _Group:
-    """Requests that share a strategy, where their rows are, and their parameters as tensors."""
-
-    def __init__(self, strategy: Decoding) -> None:
-        self.strategy = strategy
-        self.running: list[Running] = []
-        self.columns: dict[str, Tensor] = {}
-        self._slots: Tensor | None = None
-
-    def locate(self, device: torch.device) -> None:
-        slots = [row.slot for running in self.running for row in running.rows]
-        self._slots = torch.tensor(slots, device=device)
-
-    def pick(self, values: Tensor) -> Tensor:
-        """[N, ·] of all rows -> [G, R, ·] of this group's."""
-        assert self._slots is not None
-        return values[self._slots].unflatten(0, (len(self.running), self.strategy.rows))
+def _goes_on(running: Running) -> bool:
+    """After a proposal was taken: the row holds it already, and nothing but the next token is missing."""
+    row = running.rows[0]
+    row.cached += 1
+    running.accepted += 1
+    return row.finish is None and running.length(row) == row.cached
 
 
-def _extend(running: Running, row: Row, token: int, logprob: float) -> None:
+def _extend(running: Running, row: Row, token: int, logprob: float, top: Alternatives) -> None:
     """Carry out one decision of a strategy on a row that is already a copy of its parent."""
     if token == DROP:
         running.drop(row)
@@ -299,14 +413,7 @@ def _extend(running: Running, row: Row, token: int, logprob: float) -> None:
         assert row.finish is not None, "a strategy may only keep rows that have ended"
     else:
         assert row.finish is None, "a strategy may not extend a row that has ended"
-        running.append(row, token, logprob)
-
-
-def _log_probabilities(raw: Tensor, view: View, parents: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(raw / temperature) at the chosen tokens, [G, R]: before penalties, filters and banned tokens."""
-    scaled = raw / view.column("scoring_temperature").view(-1, 1, 1)
-    chosen = scaled.flatten(1).gather(1, parents * raw.shape[2] + tokens.clamp_min(0))
-    return chosen - scaled.logsumexp(2).gather(1, parents)
+        running.append(row, token, logprob, top)
 
 
 def _banned_tokens(model: Decoder, tokenizer: Tokenizer) -> Tensor | None:
@@ -316,6 +423,21 @@ def _banned_tokens(model: Decoder, tokenizer: Tokenizer) -> Tensor | None:
         if name in tokenizer.special:
             banned[tokenizer.special[name]] = True
     return banned.to(model.output_weight.device) if bool(banned.any()) else None
+
+
+def _cache_dtype(model: Decoder, dtype: torch.dtype | None, frozen: bool) -> torch.dtype | None:
+    """Of keys and values: that of the weights; with 8 bits for weights, 16 for these."""
+    return torch.bfloat16 if frozen and dtype == torch.int8 else dtype
+
+
+def _state(model: Decoder) -> tuple[object, ...]:
+    """Changes when a training step was made, or weights were loaded, replaced or moved.
+
+    Optimisers may write past torch's version counters, so a thousandth of all values is looked at.
+    """
+    weights = list(model.parameters())
+    sums = torch.stack([weight.detach().flatten()[::PROBED].double().sum() for weight in weights])
+    return (*sums.tolist(), *((id(weight), weight.device) for weight in weights))
 
 
 def _set_training(modules: list[nn.Module]) -> None:

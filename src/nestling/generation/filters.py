@@ -1,7 +1,11 @@
 """The ladder from raw logits to the distribution that is sampled. Each rung is a pure function on [B, V].
 
-Every parameter is a tensor [B]: each row of the batch has its own. A dropped token gets -inf. The usual order is
-repetition_penalty, temperature, top_k, top_p, min_p. Ties at a threshold are kept together.
+Every parameter is a tensor [B]: each row of the batch has its own. A dropped token gets -inf. Ties at a threshold are
+kept together. The order is that of transformers' `generate`, with OpenAI's penalties between the two halves:
+
+1. `repetition_penalty`, `count_penalties` (frequency, presence), logit bias: logits are moved, none is dropped;
+2. what may not be written at all (end tokens before `min_tokens`, what a constraint forbids) goes to -inf;
+3. `LADDER`: temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff. Each sees what the one before kept.
 """
 
 from __future__ import annotations
@@ -22,6 +26,18 @@ def repetition_penalty(logits: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
     """
     factor = penalty[:, None]
     return torch.where(seen, torch.where(logits < 0, logits * factor, logits / factor), logits)
+
+
+def count_penalties(logits: Tensor, frequency: Tensor, presence: Tensor, counts: Tensor) -> Tensor:
+    """OpenAI's two penalties: logit − frequency · count − presence · [count > 0].
+
+    Args:
+        logits: [B, V].
+        frequency: [B], per occurrence.
+        presence: [B], once for a token that occurred.
+        counts: [B, V] how often the row's generated text has each token.
+    """
+    return logits - frequency[:, None] * counts - presence[:, None] * (counts > 0)
 
 
 def temperature(logits: Tensor, value: Tensor) -> Tensor:
@@ -59,6 +75,53 @@ def min_p(logits: Tensor, share: Tensor) -> Tensor:
     """Drop tokens less likely than share[b] of the row's likeliest; 0 keeps all (Nguyen et al. 2024)."""
     threshold = logits.amax(1, keepdim=True) + share.log()[:, None]
     return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def typical_p(logits: Tensor, p: Tensor) -> Tensor:
+    """Keep the smallest set of tokens of typical information whose probability reaches p[b]; 1 keeps all.
+
+    Typical is −log P(token) close to the entropy of the distribution (Meister et al. 2023, eq. 10).
+    """
+    logprobs = logits.log_softmax(1)
+    distance = (-logprobs - _entropy(logprobs)).abs()
+    nearest, order = distance.sort(1)
+    reached = logprobs.exp().gather(1, order).cumsum(1)
+    kept = (reached < p[:, None]).sum(1, keepdim=True).clamp_max(logits.shape[1] - 1)
+    return logits.masked_fill((distance > nearest.gather(1, kept)) & (p < 1)[:, None], -torch.inf)
+
+
+def epsilon_cutoff(logits: Tensor, cutoff: Tensor) -> Tensor:
+    """Drop tokens less likely than cutoff[b], but never the likeliest; 0 keeps all (Hewitt et al. 2022, §4.1)."""
+    return _drop_below(logits, logits.log_softmax(1), cutoff.log()[:, None])
+
+
+def eta_cutoff(logits: Tensor, cutoff: Tensor) -> Tensor:
+    """Drop tokens less likely than min(ε, √ε · exp(−entropy)), ε = cutoff[b]; 0 keeps all (Hewitt et al. 2022, eq. 4)."""
+    logprobs = logits.log_softmax(1)
+    epsilon = cutoff.log()[:, None]
+    return _drop_below(logits, logprobs, torch.minimum(epsilon, epsilon / 2 - _entropy(logprobs)))
+
+
+LADDER = {
+    "temperature": temperature,
+    "top_k": top_k,
+    "top_p": top_p,
+    "min_p": min_p,
+    "typical_p": typical_p,
+    "epsilon_cutoff": epsilon_cutoff,
+    "eta_cutoff": eta_cutoff,
+}
+"""The rungs that shape a distribution, in order; each is named like the field of `Sampling` that it reads."""
+
+
+def _drop_below(logits: Tensor, logprobs: Tensor, threshold: Tensor) -> Tensor:
+    """Drop tokens whose log-probability [B, V] is below threshold [B, 1], but never the likeliest of a row."""
+    return logits.masked_fill((logprobs < threshold) & (logits < logits.amax(1, keepdim=True)), -torch.inf)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """[B, 1] in nats; a dropped token (-inf) adds nothing."""
+    return -(logprobs.exp() * logprobs).nansum(1, keepdim=True)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
+from nestling.generation.constraints import Guide
 from nestling.generation.sampling import Noise, Sampling
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.stream import StreamDecoder
@@ -30,6 +34,12 @@ class Request:
     interject: Interject | None = None
     stop_ids: frozenset[int] | None = None
     """Tokens that end the text; the tokenizer's <|im_end|> and <|endoftext|> when not given."""
+    speculate: int = 0
+    """Tokens proposed ahead per step (see generation/speculation.py); for sample and greedy."""
+
+
+Alternatives = tuple[tuple[int, float], ...]
+"""(token, log-probability), likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Completion:
 
     `logprobs[t]` is log softmax(logits / temperature) at ids[t], before any filter: what the learner computes with the
     same temperature (1 for greedy). Forced tokens have 0. `text` ends before the stop token or stop text.
+    `top_logprobs[t]` are the likeliest (token, log-probability) at t by the same measure, as many as the request's
+    `top_logprobs` asks for and none at a forced token; the list is empty where none are asked for.
     """
 
     ids: list[int]
@@ -45,16 +57,36 @@ class Completion:
     logprobs: list[float]
     text: str
     finish: Finish
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    others: list[Completion] = field(default_factory=list)
+    """What the other rows of a strategy with several hold, best first; empty where there is one row."""
+    proposed: int = 0
+    """Tokens proposed by speculation, of which `accepted` were taken."""
+    accepted: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLog:
+    """A sampled token, its log-probability as in `Completion.logprobs`, and the alternatives that were asked for."""
+
+    id: int
+    logprob: float
+    alternatives: Alternatives = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a streamed text. A control token (`control`) comes alone, spelled; `token` is its id."""
+    """A part of a streamed text. A control token (`control`) comes alone, spelled; `token` is its id.
+
+    `tokens` are the sampled tokens whose last character this piece shows; a character of several tokens comes with all
+    of them. A token that ends in a stop text is in no piece.
+    """
 
     text: str
     sampled: bool = True
     control: bool = False
     token: int | None = None
+    tokens: tuple[TokenLog, ...] = ()
 
 
 class Watch:
@@ -65,20 +97,24 @@ class Watch:
         self._names = {number: name for name, number in tokenizer.special.items()}
         self._decoder = StreamDecoder(tokenizer)
         self._held = ""  # decoded, not released: it may be the beginning of a stop text
+        self._logs: deque[tuple[int, TokenLog]] = deque()  # tokens not released, and where in the text each ends
         self.text = ""
         self._pieces: list[Piece] = []
 
-    def push(self, token: int, sampled: bool = True) -> bool:
+    def push(self, token: int, sampled: bool = True, log: TokenLog | None = None) -> bool:
         """Add one token; true when a stop text is now complete (its text and what follows are not released)."""
         if token in self._names:
             self.flush(sampled)
-            self._pieces.append(Piece(self._names[token], sampled, control=True, token=token))
+            self._pieces.append(Piece(self._names[token], sampled, True, token, () if log is None else (log,)))
             return False
         self._held += self._decoder.push(token)
+        if log is not None:
+            self._logs.append((len(self.text) + len(self._held), log))
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0] if sampled else []
         if found:
             self._release(min(found), sampled)
             self._held = ""
+            self._logs.clear()
             self._decoder = StreamDecoder(self._tokenizer)
             return True
         self._release(len(self._held) - (self._overlap() if sampled else 0), sampled)
@@ -102,10 +138,14 @@ class Watch:
         return taken
 
     def _release(self, length: int, sampled: bool) -> None:
-        if length > 0:
-            self.text += self._held[:length]
-            self._pieces.append(Piece(self._held[:length], sampled))
-            self._held = self._held[length:]
+        if length <= 0:
+            return
+        self.text += self._held[:length]
+        logs: list[TokenLog] = []
+        while self._logs and self._logs[0][0] <= len(self.text):
+            logs.append(self._logs.popleft()[1])
+        self._pieces.append(Piece(self._held[:length], sampled, tokens=tuple(logs)))
+        self._held = self._held[length:]
 
     def _overlap(self) -> int:
         """Characters at the end of the held text that begin a stop text."""
@@ -118,7 +158,7 @@ class Watch:
 class Row:
     """One continuation of a request's prompt, in one row of the cache."""
 
-    __slots__ = ("cached", "count", "finish", "ids", "logprobs", "sampled", "score", "slot", "watch")
+    __slots__ = ("cached", "count", "finish", "guide", "ids", "logprobs", "sampled", "score", "slot", "tops", "watch")
 
     def __init__(self, slot: int, watch: Watch | None) -> None:
         self.slot = slot
@@ -126,9 +166,11 @@ class Row:
         self.ids: list[int] = []
         self.sampled: list[bool] = []
         self.logprobs: list[float] = []
+        self.tops: list[Alternatives] = []  # of each token, where the request asks for them
         self.count = 0  # sampled tokens
         self.score = 0.0  # their summed log-probability
         self.finish: str | None = None
+        self.guide: Guide | None = None  # where it is in the text that the request's constraint describes
         self.watch = watch
 
     def fork(self, slot: int) -> Row:
@@ -136,6 +178,8 @@ class Row:
         row = Row(slot, None)
         row.cached, row.count, row.score, row.finish = self.cached, self.count, self.score, self.finish
         row.ids, row.sampled, row.logprobs = self.ids[:], self.sampled[:], self.logprobs[:]
+        row.tops = self.tops[:]
+        row.guide = self.guide and self.guide.copy()
         return row
 
 
@@ -156,6 +200,11 @@ class Running:
         self.noise = Noise(request.seed)
         self.rows: list[Row] = []
         self.memory: Any = None
+        self.begun = False  # whether the strategy has seen the prompt
+        self.reads_prompt = False
+        self.proposed = self.accepted = 0  # tokens of speculation
+        self.outputs: list[Tensor] = []  # the model's at the prompt, for a strategy that reads them
+        self.guide: Guide | None = None  # of a text that has not begun
         self.completion: Completion | None = None
         self.cancelled = False
         self._pieces: list[Piece] = []
@@ -164,6 +213,8 @@ class Running:
         """Make the rows; the caller gives them their slots."""
         watched = self.width == 1 and (stream or bool(self.sampling.stop))
         self.rows = [Row(-1, self._new_watch() if watched else None) for _ in range(self.width)]
+        for row in self.rows:
+            row.guide = self.guide and self.guide.copy()
 
     def length(self, row: Row) -> int:
         """Tokens of prompt and continuation."""
@@ -174,16 +225,20 @@ class Running:
         start = row.cached - len(self.prompt)
         return row.ids[start:] if start >= 0 else self.prompt[start:] + row.ids
 
-    def append(self, row: Row, token: int, logprob: float) -> None:
+    def append(self, row: Row, token: int, logprob: float, top: Alternatives = ()) -> None:
         """Add a sampled token to a row, let the request interject, and see whether the row has ended."""
         row.ids.append(token)
         row.sampled.append(True)
         row.logprobs.append(logprob)
+        if self.sampling.top_logprobs:
+            row.tops.append(top)
         row.count += 1
         row.score += logprob
+        if row.guide is not None:
+            row.finish = row.guide.push(token)
         if token in self.stop_ids:
             row.finish = "stop"
-        elif self._completes_stop_text(row, token):
+        elif self._completes_stop_text(row):
             row.finish = "stop"
             return
         if self.request.interject is not None and row.count < self.sampling.max_tokens:
@@ -195,18 +250,26 @@ class Running:
         """Give a row up: nothing follows from it, and it is never the result."""
         row.finish, row.score = "dropped", -math.inf
 
-    def complete(self, row: Row, finish: Finish | None = None) -> None:
-        """Fix the result: what this row holds."""
+    def complete(self, rows: Sequence[Row], finish: Finish | None = None) -> None:
+        """Fix the result: what the first of these rows holds; the others stand beside it."""
+        best, pieces = self._result(rows[0], finish)
+        others = [self._result(row, finish)[0] for row in rows[1:] if row.finish != "dropped"]
+        self.completion = replace(best, others=others, proposed=self.proposed, accepted=self.accepted)
+        self._pieces += pieces
+        self.rows = []
+
+    def _result(self, row: Row, finish: Finish | None) -> tuple[Completion, list[Piece]]:
+        """What a row holds, and the pieces of its text that were not taken yet."""
         watch = row.watch or (self._read(row)[0] if self.width > 1 else None)
+        pieces: list[Piece] = []
         if watch is None:
             stopped = bool(row.ids) and row.sampled[-1] and row.ids[-1] in self.stop_ids
             text = self.tokenizer.decode(row.ids[:-1] if stopped else row.ids)
         else:
             watch.flush()
-            text = watch.text
-            self._pieces += watch.take()
-        self.completion = Completion(row.ids, row.sampled, row.logprobs, text, finish or _finish(row))
-        self.rows = []
+            text, pieces = watch.text, watch.take()
+        tops = [list(top) for top in row.tops]
+        return Completion(row.ids, row.sampled, row.logprobs, text, finish or _finish(row), tops), pieces
 
     def take_pieces(self) -> list[Piece]:
         """What became readable since the last call; only for requests submitted with `stream`."""
@@ -215,9 +278,9 @@ class Running:
         taken, self._pieces = self._pieces, []
         return taken
 
-    def _completes_stop_text(self, row: Row, token: int) -> bool:
+    def _completes_stop_text(self, row: Row) -> bool:
         if row.watch is not None:
-            return row.watch.push(token)
+            return row.watch.push(row.ids[-1], log=_log(row, len(row.ids) - 1))
         return bool(self.sampling.stop) and self._read(row)[1]
 
     def _interject(self, row: Row, interject: Interject) -> None:
@@ -229,13 +292,15 @@ class Running:
             row.finish = "length"
             return
         if row.watch is not None:
-            if row.finish == "stop":
-                row.watch.push(row.ids[-1])
+            if row.ids[-1] in self.stop_ids:
+                row.watch.push(row.ids[-1], log=_log(row, len(row.ids) - 1))
             row.watch.force(forced)
         row.finish = None
         row.ids += forced
         row.sampled += [False] * len(forced)
         row.logprobs += [0.0] * len(forced)
+        if self.sampling.top_logprobs:
+            row.tops += [()] * len(forced)
 
     def _new_watch(self) -> Watch:
         return Watch(self.tokenizer, self.sampling.stop)
@@ -244,7 +309,11 @@ class Running:
         """The text of a row from its beginning, and whether a stop text ends it."""
         watch = self._new_watch()
         ids = row.ids[:-1] if row.ids and row.ids[-1] in self.stop_ids else row.ids
-        return watch, any(watch.push(token) for token in ids)
+        return watch, any(watch.push(token, log=_log(row, place)) for place, token in enumerate(ids))
+
+
+def _log(row: Row, place: int) -> TokenLog:
+    return TokenLog(row.ids[place], row.logprobs[place], row.tops[place] if row.tops else ())
 
 
 def _finish(row: Row) -> Finish:

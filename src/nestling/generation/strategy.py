@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import compress
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from nestling.core.config import Config, parse
 from nestling.generation import filters
+from nestling.generation.constraints import unpack
+from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Row, Running
 
 KEEP = -1
@@ -31,20 +34,52 @@ DROP = -2
 class View:
     """What a strategy sees of its G requests with R rows each, at one step. All tensors are on the model's device.
 
-    `logits` [G, R, V] are raw (float32), with tokens that may never be written at -inf; `hidden` [G, R, D] is what they
-    were computed from.
+    `hidden` [G, R, D] is what the logits were computed from. There are three levels of logits [G, R, V], float32:
+    `logits` are the model's, with what may not be written now at -inf; `penalised` also has the penalties and the bias;
+    `shaped` is the distribution that the request wants to be sampled from.
     """
 
     def __init__(self, requests: Sequence[Running], logits: Tensor, hidden: Tensor, columns: dict[str, Tensor]) -> None:
-        self.requests, self.logits, self.hidden = requests, logits, hidden
-        self._columns = columns
+        self.requests, self.hidden = requests, hidden
+        self._raw, self._columns = logits, columns
+        self._rows = [row for running in requests for row in running.rows]
 
     def column(self, name: str) -> Tensor:
         """The field `name` of every request's `Sampling`, [G]."""
         if name not in self._columns:
             values = [getattr(running.request.sampling, name) for running in self.requests]
-            self._columns[name] = torch.tensor(values, device=self.logits.device)
+            self._columns[name] = torch.tensor(values, device=self._raw.device)
         return self._columns[name]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[G, R, V] the model's, with -inf where a token may not be written: never, not yet, or by the constraint."""
+        return self._forbid(self._raw)
+
+    @cached_property
+    def penalised(self) -> Tensor:
+        """[G, R, V] `logits` with the requests' penalties and bias."""
+        moving = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+        return self._forbid(self._moved()) if any(map(self._asked, moving)) else self.logits
+
+    @cached_property
+    def shaped(self) -> Tensor:
+        """[G, R, V] `penalised` after temperature and the filters that at least one request asks for."""
+        logits = self.penalised.flatten(0, 1)
+        for name, rung in filters.LADDER.items():
+            if self._asked(name):
+                logits = rung(logits, self._per_row(name))
+        return logits.view_as(self._raw)
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[G, R, V] what each token adds to a row's score, moved by penalties and bias; -inf where not allowed.
+
+        Without them it is what the engine returns: log softmax(model's logits / scoring temperature). What a constraint
+        forbids does not make the rest likelier, so rows under different constraints stay comparable.
+        """
+        temperature = self.column("scoring_temperature").view(-1, 1, 1)
+        return self.penalised / temperature - (self._raw / temperature).logsumexp(2, keepdim=True)
 
     @cached_property
     def scores(self) -> Tensor:
@@ -74,18 +109,75 @@ class View:
         """[G, *shape] Gumbel noise from each request's own stream."""
         return torch.stack([running.noise.gumbel(*shape) for running in self.requests]).to(self.logits.device)
 
-    def penalised(self) -> Tensor:
-        """`logits` after the requests' repetition penalties; prompt and generated tokens count as seen."""
-        if all(running.request.sampling.repetition_penalty == 1 for running in self.requests):
-            return self.logits
-        seen = torch.zeros_like(self.logits, dtype=torch.bool)
-        for g, running in enumerate(self.requests):
-            if running.request.sampling.repetition_penalty != 1:
-                for r, row in enumerate(running.rows):
-                    seen[g, r, torch.tensor([*running.prompt, *row.ids], device=seen.device)] = True
-        rows = self.logits.shape[1]
-        penalty = self.column("repetition_penalty").repeat_interleave(rows)
-        return filters.repetition_penalty(self.logits.flatten(0, 1), penalty, seen.flatten(0, 1)).view_as(self.logits)
+    def _moved(self) -> Tensor:
+        """[G, R, V] the model's logits after penalties and bias.
+
+        The repetition penalty sees prompt and continuation; frequency and presence count what was sampled, so that a
+        tool's result can be repeated freely.
+        """
+        logits = self._raw.flatten(0, 1)
+        if self._asked("repetition_penalty"):
+            seen = self._counts([[*running.prompt, *row.ids] for running in self.requests for row in running.rows]) > 0
+            logits = filters.repetition_penalty(logits, self._per_row("repetition_penalty"), seen)
+        if self._asked("frequency_penalty") or self._asked("presence_penalty"):
+            counts = self._counts([list(compress(row.ids, row.sampled)) for row in self._rows])
+            frequency, presence = self._per_row("frequency_penalty"), self._per_row("presence_penalty")
+            logits = filters.count_penalties(logits, frequency, presence, counts)
+        if self._asked("logit_bias"):
+            logits = logits + self._bias()
+        return logits.view_as(self._raw)
+
+    def _asked(self, name: str) -> bool:
+        """Whether a request gives the field `name` a value that changes something."""
+        neutral = Sampling.model_fields[name].default
+        return any(getattr(running.sampling, name) != neutral for running in self.requests)
+
+    def _per_row(self, name: str) -> Tensor:
+        """The field `name` for each of all G · R rows."""
+        return self.column(name).repeat_interleave(self._raw.shape[1], dim=0)
+
+    def _counts(self, texts: list[list[int]]) -> Tensor:
+        """[G · R, V] how often each row's text has each token."""
+        vocabulary = self._raw.shape[2]
+        places = [vocabulary * place + token for place, text in enumerate(texts) for token in text]
+        flat = torch.tensor(places, dtype=torch.long, device=self._raw.device)
+        return flat.bincount(minlength=len(texts) * vocabulary).view(len(texts), vocabulary)
+
+    def _bias(self) -> Tensor:
+        """[G · R, V] what the requests add to logits."""
+        if "logit_bias" not in self._columns:
+            bias = self._raw.new_zeros(len(self.requests), self._raw.shape[2])
+            for g, running in enumerate(self.requests):
+                for token, value in running.sampling.logit_bias.items():
+                    bias[g, token] = value
+            self._columns["logit_bias"] = bias
+        return self._per_row("logit_bias")
+
+    def _forbid(self, logits: Tensor) -> Tensor:
+        """[G, R, V] with -inf for stop tokens before `min_tokens` and for what constraints forbid."""
+        forbidden = self._forbidden
+        return logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
+
+    @cached_property
+    def _forbidden(self) -> Tensor | None:
+        """[G, R, V] true where a token may not be written now; None when nobody forbids anything."""
+        early = [
+            (place, token)
+            for place, (running, row) in enumerate((running, row) for running in self.requests for row in running.rows)
+            if row.count < running.sampling.min_tokens
+            for token in running.stop_ids
+        ]
+        guided = {place: row.guide.allowed for place, row in enumerate(self._rows) if row.guide and row.guide.allowed}
+        if not early and not guided:
+            return None
+        forbidden = torch.zeros_like(self._raw, dtype=torch.bool).flatten(0, 1)
+        if guided:
+            places = torch.tensor(list(guided), device=forbidden.device)
+            forbidden[places] = ~unpack(list(guided.values()), forbidden.shape[1]).to(forbidden.device)
+        if early:
+            rows, tokens = torch.tensor(early, device=forbidden.device).T
+            forbidden[rows, tokens] = True
+        return forbidden.view_as(self._raw)
 
     def _tensor(self, values: list[list[Any]]) -> Tensor:
         return torch.tensor(values, device=self.logits.device)
@@ -98,6 +190,8 @@ class Decoding(ABC):
     """The options of this strategy, one sentence under each field."""
     SAMPLES: ClassVar[bool] = False
     """Whether another seed may give another result."""
+    READS_PROMPT: ClassVar[bool] = False
+    """Whether `begin` needs the outputs at every prompt token, also at those that a shared prefix has in the cache."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Validate the options.
@@ -119,10 +213,18 @@ class Decoding(ABC):
         """
         return None
 
+    def check(self, sampling: Sampling, vocabulary: int) -> None:
+        """Called when a request is submitted; a strategy that can't serve it refuses.
+
+        Raises:
+            UserError: what is asked for is out of this strategy's reach.
+        """
+        return None
+
     @abstractmethod
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """(parents, tokens), both [G, R] long; a token is an id, `KEEP` for an ended parent, or `DROP`."""
 
-    def best(self, rows: Sequence[Row]) -> int:
-        """Which of a finished request's rows is the result: the likeliest, unless overridden."""
-        return max(range(len(rows)), key=lambda r: rows[r].score)
+    def order(self, rows: Sequence[Row]) -> list[int]:
+        """The rows of a finished request that are results, best first: all, the likeliest first, unless overridden."""
+        return sorted(range(len(rows)), key=lambda r: -rows[r].score)

@@ -56,9 +56,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, scene: Scene, memory: LayerMemory | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. With `memory` the tokens are appended to it and see all of it."""
         b, t, _ = x.shape
-        q = self.query_norm(self.query(x).view(b, t, self.heads, self.head))  # [B, T, H, K]
-        k = self.key_norm(self.key(x).view(b, t, self.kv_heads, self.head))  # [B, T, H_kv, K]
-        v = self.value(x).view(b, t, self.kv_heads, self.head)
+        q, k, v = self.project(x)
         if scene.rotation is not None:
             q, k = rotate(q, scene.rotation), rotate(k, scene.rotation)
         if memory is None:
@@ -68,6 +66,13 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q.transpose(1, 2), k, v, scene.mask, dropout, aligned=memory is None)
         return self.output(mixed.transpose(1, 2).reshape(b, t, self.heads * self.head).to(x.dtype))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> queries [B, T, H, K], keys and values [B, T, H_kv, K], not yet rotated."""
+        b, t, _ = x.shape
+        q = self.query_norm(self.query(x).view(b, t, self.heads, self.head))
+        k = self.key_norm(self.key(x).view(b, t, self.kv_heads, self.head))
+        return q, k, self.value(x).view(b, t, self.kv_heads, self.head)
 
 
 def attend(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nestling.model.attention import Attention, Scene
 from nestling.model.cache import LayerMemory
 from nestling.model.config import DecoderConfig
+from nestling.model.experts import GatedExperts
 from nestling.model.feed_forward import make_feed_forward
 from nestling.model.norms import make_norm
 
@@ -25,7 +26,7 @@ class Block(nn.Module, ABC):
         self.attention_norm = make_norm(config)
         self.attention = Attention(config)
         self.feed_forward_norm = make_norm(config)
-        self.feed_forward = make_feed_forward(config)
+        self.feed_forward = GatedExperts(config) if config.experts else make_feed_forward(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     @abstractmethod

@@ -94,25 +94,29 @@ class KVCache:
                 value=capacity,
                 fix=f"use 1 to {config.context}",
             )
-        shape = (rows, config.kv_heads, capacity + 1, config.head)  # + 1: the bin for padding
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layers)]
+        shape = (config.n_layers, 2, rows, config.kv_heads, capacity + 1, config.head)  # + 1: the bin for padding
+        self.stored = torch.zeros(shape, device=device, dtype=dtype)
+        """[L, 2, rows, H_kv, capacity + 1, K]: keys and values of all layers in one piece, so that a copy is one call."""
+        self.keys = [layer[0] for layer in self.stored]
+        self.values = [layer[1] for layer in self.stored]
         self.rows, self.capacity = rows, capacity
         self.device = torch.device(device)
         self.lengths = torch.zeros(rows, dtype=torch.long)
 
-    def begin(self, width: int, rows: Tensor | None = None, counts: Tensor | None = None) -> CacheStep:
+    def begin(self, width: int, rows: Tensor | slice | None = None, counts: Tensor | None = None) -> CacheStep:
         """Plan a call that brings `width` tokens (padding included) to each of `rows`.
 
         Args:
-            rows: [B] cache rows; all of them when not given.
+            rows: [B] cache rows, or consecutive ones as a slice; all of them when not given.
             counts: [B] how many of the `width` tokens are valid, from the left; all when not given.
 
         Raises:
             UserError: a row would grow beyond the capacity.
         """
         row_slice = _as_slice(rows, self.rows)
-        rows = torch.arange(self.rows) if rows is None else rows.cpu()
+        if not isinstance(rows, Tensor):
+            rows = torch.arange(self.rows)[row_slice]
+        rows = rows.cpu()
         counts = torch.full_like(rows, width) if counts is None else counts.cpu()
         lengths = self.lengths[rows]
         grown = lengths + counts
@@ -125,8 +129,10 @@ class KVCache:
                 fix="use a shorter prompt, fewer new tokens, or a model with a longer context",
             )
         positions = lengths.unsqueeze(1) + torch.arange(width)
-        slots = positions.where(positions < grown.unsqueeze(1), self.capacity)
-        positions = positions.clamp_max(self.capacity - 1)
+        slots = positions
+        if width > 1:
+            slots = positions.where(positions < grown.unsqueeze(1), self.capacity)
+            positions = positions.clamp_max(self.capacity - 1)
         to = self.device
         return CacheStep(self, rows.to(to), row_slice, counts, positions.to(to), slots.to(to), span)
 
@@ -146,15 +152,16 @@ class KVCache:
         """Make row rows[i] a copy of row parents[i], for all i at once: [0, 0] -> [0, 1] splits a beam in two."""
         span = int(self.lengths[parents.cpu()].max())
         source, target = parents.to(self.device), rows.to(self.device)
-        for stored in (*self.keys, *self.values):
-            stored[target, :, :span] = stored[source, :, :span]
+        self.stored[:, :, target, :, :span] = self.stored[:, :, source, :, :span]
         self.lengths[rows.cpu()] = self.lengths[parents.cpu()]
 
 
-def _as_slice(rows: Tensor | None, total: int) -> slice | None:
+def _as_slice(rows: Tensor | slice | None, total: int) -> slice | None:
     """Consecutive rows as a slice."""
     if rows is None:
         return slice(0, total)
+    if isinstance(rows, slice):
+        return rows
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 == len(rows) and bool((rows[1:] > rows[:-1]).all()):
         return slice(first, last + 1)

@@ -21,7 +21,7 @@ from nestling.core.errors import UserError
 from nestling.core.storage import atomic_folder, read_json, write_json
 from nestling.model import hub
 from nestling.model.decoder import Decoder, build
-from nestling.model.heads import ScalarHead
+from nestling.model.heads import LabelHead, Labeller, ScalarHead
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import END_OF_TEXT, PAD, TURN_END
 
@@ -42,12 +42,22 @@ class Checkpoint:
     """Recipe, data keys, metrics, parent: what nestling.json tells; empty for a folder made elsewhere."""
 
 
+@dataclass
+class Classifier:
+    """A model that labels texts, with the tokenizer it was trained with; its labels are `model.head.labels`."""
+
+    model: Labeller
+    tokenizer: Tokenizer
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """As a checkpoint's; of a moderation model also its calibration and thresholds."""
+
+
 def save(
     folder: str | Path,
     model: Decoder,
     tokenizer: Tokenizer,
     provenance: Mapping[str, Any] | None = None,
-    head: ScalarHead | None = None,
+    head: ScalarHead | LabelHead | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -65,7 +75,7 @@ def save(
         _save_weights(place, _tensors(model, head), shard_bytes)
         tokens = _control_ids(tokenizer)
         dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-        config = {**hub.to_hub(model.config, scalar_head=head is not None), **tokens, "dtype": dtype}
+        config = {**_hub_config(model, head), **tokens, "dtype": dtype}
         write_json(place / "config.json", {**config, "torch_dtype": dtype})  # "torch_dtype": transformers before 5
         ends = [tokenizer.special[name] for name in (TURN_END, END_OF_TEXT) if name in tokenizer.special]
         write_json(place / "generation_config.json", {**tokens, **({"eos_token_id": ends} if ends else {})})
@@ -73,6 +83,12 @@ def save(
         versions = {"nestling": nestling.__version__, "torch": torch.__version__}
         origin = {"versions": versions, "tokenizer_hash": tokenizer.hash, "parameters": model.parameter_count()}
         write_json(place / "nestling.json", {**origin, "provenance": dict(provenance or {})})
+
+
+def _hub_config(model: Decoder, head: ScalarHead | LabelHead | None) -> dict[str, Any]:
+    if isinstance(head, LabelHead):
+        return hub.to_hub(model.config, labels=head.labels)
+    return hub.to_hub(model.config, scalar_head=head is not None)
 
 
 def load(
@@ -84,33 +100,70 @@ def load(
         dtype: of the weights in memory; None keeps the file's.
 
     Raises:
-        UserError: not a checkpoint, unknown model_type, tensors missing, unexpected or mis-shaped, another tokenizer.
+        UserError: not a checkpoint, unknown model_type, tensors missing, unexpected or mis-shaped, another tokenizer,
+            or a classifier.
     """
     folder = Path(folder)
     model, head = load_model(folder, device, dtype)
+    if isinstance(head, LabelHead):
+        raise UserError("this model labels texts, it writes none", where=folder, fix="name a chat model, or its run")
+    tokenizer, provenance = _companions(folder, model)
+    return Checkpoint(model, tokenizer, head, provenance)
+
+
+def load_classifier(
+    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> Classifier:
+    """Read the checkpoint folder of a multi-label classifier; arguments and errors as in `load`.
+
+    Raises:
+        UserError: the model there is no such classifier.
+    """
+    folder = Path(folder)
+    model, head = load_model(folder, device, dtype)
+    if not isinstance(head, LabelHead):
+        raise UserError("this model does not label texts", where=folder, fix="name a moderation model")
+    tokenizer, provenance = _companions(folder, model)
+    return Classifier(Labeller(model, head), tokenizer, provenance)
+
+
+def is_classifier(folder: str | Path) -> bool:
+    """Whether the checkpoint in a folder is a multi-label classifier."""
+    path = Path(folder) / "config.json"
+    return path.exists() and bool(hub.labels_of(read_json(path)))
+
+
+def _companions(folder: Path, model: Decoder) -> tuple[Tokenizer, dict[str, Any]]:
+    """(tokenizer, provenance) beside a model.
+
+    Raises:
+        UserError: the tokenizer is not the model's.
+    """
     tokenizer = Tokenizer.load(folder)
     origin = read_json(folder / "nestling.json") if (folder / "nestling.json").exists() else {}
     expected = origin.get("tokenizer_hash", tokenizer.hash)
     # Published models pad their vocabulary, so only a tokenizer with more ids than the model is certainly another one.
     if tokenizer.vocab_size > model.config.vocab_size or tokenizer.hash != expected:
         raise _mismatch(folder, tokenizer, model.config.vocab_size)
-    return Checkpoint(model, tokenizer, head, dict(origin.get("provenance", {})))
+    return tokenizer, dict(origin.get("provenance", {}))
 
 
 def load_model(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
-) -> tuple[Decoder, ScalarHead | None]:
+) -> tuple[Decoder, ScalarHead | LabelHead | None]:
     """The model (in evaluation mode) and its head, without the tokenizer; arguments and errors as in `load`."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise UserError("not a checkpoint: it has no config.json", where=folder, fix="name a run or checkpoint folder")
-    config, has_head = hub.from_hub(read_json(folder / "config.json"), str(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    config, has_head = hub.from_hub(described, str(folder / "config.json"))
     found = dict(_read_weights(folder))
     model = build(config)
-    head = ScalarHead(config) if has_head else None
+    labels = hub.labels_of(described)
+    head = LabelHead(config, labels) if labels else ScalarHead(config) if has_head else None
     if head is not None:
         if found.get(HEAD_WEIGHT, torch.empty(0)).shape != head.score.weight.shape:
-            raise UserError("has no score.weight of one row", where=folder, fix="use a reward or value model")
+            raise UserError("has no score.weight that fits", where=folder, fix="use a reward model or a classifier")
         head.score.weight.data = found.pop(HEAD_WEIGHT).float().clone()
     state = hub.import_weights(found, hub.export_weights(model.state_dict(), config), config, str(folder))
     # Cloned: a view into the file is not aligned as fresh memory is, which changes the last bits of matrix products.
@@ -132,7 +185,7 @@ def _trainable(model: Decoder) -> Decoder:
     return model
 
 
-def _tensors(model: Decoder, head: ScalarHead | None) -> dict[str, Tensor]:
+def _tensors(model: Decoder, head: ScalarHead | LabelHead | None) -> dict[str, Tensor]:
     tensors = hub.export_weights(model.state_dict(), model.config)
     if head is not None:
         tensors[HEAD_WEIGHT] = head.score.weight

@@ -8,6 +8,24 @@ from pydantic import Field, model_validator
 
 from nestling.core.config import Config
 from nestling.core.errors import UserError
+from nestling.model.rope import RopeScaling
+
+
+class Experts(Config):
+    """A feed-forward of many parts ("mixture of experts"), of which each token uses a few."""
+
+    count: int = Field(ge=2, description="Number of experts E.")
+    per_token: int = Field(2, ge=1, description="Experts that each token uses.")
+    d_ff: int = Field(ge=1, description="Inner width of one expert.")
+    normalised: bool = Field(True, description="The weights of a token's experts sum to one.")
+    dense_layers: tuple[int, ...] = Field((), description="Layers, from 0, with an ordinary feed-forward.")
+    balance: float = Field(0.001, ge=0, description="Weight of the loss that keeps experts equally busy.")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Experts:
+        if self.per_token > self.count:
+            raise UserError("more experts per token than there are", where="per_token", value=self.per_token)
+        return self
 
 
 class DecoderConfig(Config):
@@ -34,6 +52,8 @@ class DecoderConfig(Config):
         description="How order enters: a table, rotation of queries and keys, waves, distance, not at all.",
     )
     rope_theta: float = Field(default=10_000.0, gt=0, description="Longest wavelength of RoPE, divided by 2 pi.")
+    rope_scaling: RopeScaling | None = Field(default=None, description="How RoPE is stretched over longer texts.")
+    window: int | None = Field(default=None, ge=1, description="A token sees itself and window - 1 before it; all when not set.")
     norm: Literal["layer", "rms"] = Field(
         default="rms", description="Layer norm (weight and bias) or RMS norm (weight)."
     )
@@ -45,6 +65,7 @@ class DecoderConfig(Config):
         default="silu", description="Non-linearity of the feed-forward."
     )
     gated: bool = Field(default=True, description="Feed-forward as down(act(gate(x)) * up(x)), not down(act(up(x))).")
+    experts: Experts | None = Field(default=None, description="A feed-forward of experts instead of one.")
     bias: bool = Field(default=False, description="Biases in attention output and feed-forward.")
     qkv_bias: bool = Field(default=False, description="Biases in the query, key and value projections.")
     qk_norm: bool = Field(default=False, description="RMS norm on each head's queries and keys before rotation.")
@@ -80,6 +101,11 @@ class DecoderConfig(Config):
         if self.d_ff is not None:
             return self.d_ff
         return -(-self.d_model * 8 // 3 // 32) * 32 if self.gated else 4 * self.d_model
+
+    def of_layer(self, index: int) -> DecoderConfig:
+        """What one layer is made of: without experts where it has none."""
+        dense = self.experts is not None and index in self.experts.dense_layers
+        return self.with_(experts=None) if dense else self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> DecoderConfig:

@@ -37,7 +37,8 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = make_positions(config)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList((block or BLOCKS[config.block])(config) for _ in range(config.n_layers))
+        make = block or BLOCKS[config.block]
+        self.blocks = nn.ModuleList(make(config.of_layer(index)) for index in range(config.n_layers))
         self.norm = make_norm(config) if config.block == "pre" else nn.Identity()
         self.head = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        rows: Tensor | None = None,
+        rows: Tensor | slice | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; arguments as in `hidden`."""
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: KVCache | None = None,
-        rows: Tensor | None = None,
+        rows: Tensor | slice | None = None,
         counts: Tensor | None = None,
     ) -> Tensor:
         """The last layer's output [B, T, D], final norm applied.
@@ -86,7 +87,8 @@ class Decoder(nn.Module):
         if (placed := self.positions.embed(positions)) is not None:
             x = x + placed
         x = self.dropout(x)
-        scene = Scene(self._mask(ids, segments, step), self.positions.rotation(positions))
+        lengths = step.positions[:, 0] + step.counts.to(ids.device) if step and self.positions.reads_lengths else None
+        scene = Scene(self._mask(ids, segments, step), self.positions.rotation(positions, lengths))
         if step is None:
             for block in self.blocks:
                 x = block(x, scene)
@@ -140,9 +142,12 @@ class Decoder(nn.Module):
         queries = keys.unsqueeze(0) if step is None else step.positions  # [B or 1, T]
         distance = queries.unsqueeze(-1) - keys  # [B or 1, T, S]
         penalty = self.positions.penalty(distance)
-        if step is None and segments is None and penalty is None:
+        window = self.config.window if self.config.window and self.config.window < keys.numel() else None
+        if step is None and segments is None and penalty is None and window is None:
             return causal_mask(t, device) if explicit_pays(device, t) else None
         visible = distance >= 0
+        if window is not None:
+            visible = visible & (distance < window)
         if segments is not None:
             visible = visible & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
         mask = additive(visible).unsqueeze(1)  # [B or 1, 1, T, S]

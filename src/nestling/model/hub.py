@@ -6,7 +6,7 @@ Nestling's own form: the whole configuration under "nestling" in config.json, te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ from nestling.model.config import DecoderConfig
 
 FOLDER = "model.architectures"
 OWN_FORM = "nestling-"
+MULTI_LABEL = "multi_label_classification"
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "relu_squared": "relu2"}
 _ACTIVATIONS = {**{theirs: ours for ours, theirs in ACTIVATION_NAMES.items()}, "gelu_new": "gelu_tanh", "swish": "silu"}
 _NO_WEIGHTS = (".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -34,18 +35,38 @@ def make_config(data: Mapping[str, Any], where: str = "model") -> DecoderConfig:
     return parse(registry.find(FOLDER, name).Config, {**data, "architecture": name}, where)
 
 
-def to_hub(config: DecoderConfig, *, scalar_head: bool = False) -> dict[str, Any]:
-    """config.json: the family's where it can say all of `config`, otherwise our own form."""
+def to_hub(config: DecoderConfig, *, scalar_head: bool = False, labels: Sequence[str] = ()) -> dict[str, Any]:
+    """config.json: the family's where it can say all of `config`, otherwise our own form.
+
+    Args:
+        labels: of a multi-label classifier, in the order of its logits.
+    """
     family = _family(config)
     if family is None:
         shared = {"vocab_size": config.vocab_size, "hidden_size": config.d_model}
         own = {"model_type": OWN_FORM + config.architecture, "architectures": ["NestlingDecoder"]}
-        return {**own, **shared, "nestling": config.model_dump(), "scalar_head": scalar_head}
+        return {**own, **shared, "nestling": config.model_dump(), "scalar_head": scalar_head, **_label_names(labels)}
     name: str = family.REFERENCE
-    if scalar_head:
+    if scalar_head or labels:
         name = name.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + "ForSequenceClassification"
     hub = {"model_type": family.MODEL_TYPE, "architectures": [name], **family.to_hub(config)}
-    return {**hub, "id2label": {"0": "score"}, "label2id": {"score": 0}} if scalar_head else hub
+    return {**hub, "id2label": {"0": "score"}, "label2id": {"score": 0}} if scalar_head else {**hub, **_label_names(labels)}
+
+
+def _label_names(labels: Sequence[str]) -> dict[str, Any]:
+    """What transformers calls a multi-label classifier with these labels; nothing where there are none."""
+    if not labels:
+        return {}
+    names = {str(place): name for place, name in enumerate(labels)}
+    return {"problem_type": MULTI_LABEL, "id2label": names, "label2id": {name: int(n) for n, name in names.items()}}
+
+
+def labels_of(hub: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels of a multi-label classifier's config.json, in the order of its logits; none for any other model."""
+    if hub.get("problem_type") != MULTI_LABEL:
+        return ()
+    names = hub.get("id2label") or {}
+    return tuple(str(names[place]) for place in sorted(names, key=int))
 
 
 def from_hub(hub: Mapping[str, Any], where: str = "config.json") -> tuple[DecoderConfig, bool]:
@@ -120,24 +141,6 @@ def activation_from_hub(name: str, names: Mapping[str, str] = _ACTIVATIONS) -> s
     if name not in names:
         raise UserError("unknown activation", where="config.json", value=name, fix=nearest(name, names))
     return names[name]
-
-
-def rope_to_hub(theta: float) -> dict[str, Any]:
-    """RoPE's settings in the form of transformers 5 and, beside it, of 4."""
-    return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
-
-
-def rope_from_hub(hub: Mapping[str, Any]) -> float:
-    """RoPE's theta, from the form of transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
-
-    Raises:
-        UserError: scaled or partial rotation.
-    """
-    rope = {**(hub.get("rope_scaling") or {}), **(hub.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", hub.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError("only plain RoPE is supported", where="config.json", value=rope)
-    return rope.get("rope_theta", hub.get("rope_theta", 10_000.0))
 
 
 def _families() -> dict[str, ModuleType]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.model.config import DecoderConfig
+from nestling.model.experts import StackedLinear
 
 STD = 0.02
 
@@ -25,19 +26,19 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             _normal(module.weight, STD, generator)
-        elif isinstance(module, nn.Linear):
-            _normal(module.weight, _std(name, module, config), generator)
-            if module.bias is not None:
+        elif isinstance(module, nn.Linear | StackedLinear):
+            _normal(module.weight, _std(name, module.in_features, config), generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 
 
-def _std(name: str, layer: nn.Linear, config: DecoderConfig) -> float:
+def _std(name: str, fan_in: int, config: DecoderConfig) -> float:
     writes_to_stream = name.endswith((".output", ".down"))
     if name == "head":
         return STD
     if config.init == "gpt2":
         return STD / math.sqrt(2 * config.n_layers) if writes_to_stream else STD
-    return 0.0 if writes_to_stream else layer.in_features**-0.5
+    return 0.0 if writes_to_stream else fan_in**-0.5
 
 
 def _normal(weight: Tensor, std: float, generator: torch.Generator) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nestling.model.config import DecoderConfig
+from nestling.model.rope import DynamicScaling, plain_frequencies
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin), each [B or 1, T, 1, K/2] float32."""
@@ -19,12 +20,15 @@ Rotation = tuple[Tensor, Tensor]
 class Positions(nn.Module):
     """No positions at all ("none"): a causal mask alone lets a decoder count. Other schemes fill one of the places."""
 
+    reads_lengths = False
+    """Whether `rotation` looks at the texts' lengths."""
+
     def embed(self, positions: Tensor) -> Tensor | None:
         """What is added to the token embeddings, [B or 1, T, D], or None. `positions` is [B or 1, T]."""
         return None
 
-    def rotation(self, positions: Tensor) -> Rotation | None:
-        """By which angles queries and keys are rotated, or None."""
+    def rotation(self, positions: Tensor, longest: Tensor | None = None) -> Rotation | None:
+        """By which angles queries and keys are rotated, or None. `longest` is the length of each row's text, [B]."""
         return None
 
     def penalty(self, distance: Tensor) -> Tensor | None:
@@ -54,7 +58,7 @@ class SinusoidalPositions(Positions):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        angles = _angles(config.context, config.d_model, 10_000.0)
+        angles = _angles(config.context, plain_frequencies(10_000.0, config.d_model))
         self.register_buffer("table", torch.cat([angles.sin(), angles.cos()], -1), persistent=False)
 
     def embed(self, positions: Tensor) -> Tensor:
@@ -70,13 +74,38 @@ class RotaryPositions(Positions):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        angles = _angles(config.context, config.head, config.rope_theta)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        scaling = config.rope_scaling
+        frequencies = (
+            plain_frequencies(config.rope_theta, config.head)
+            if scaling is None
+            else scaling.frequencies(config.rope_theta, config.head)
+        )
+        angles = _angles(config.context, frequencies)
+        amplitude = 1.0 if scaling is None else scaling.amplitude
+        self.register_buffer("cos", angles.cos() * amplitude, persistent=False)
+        self.register_buffer("sin", angles.sin() * amplitude, persistent=False)
 
-    def rotation(self, positions: Tensor) -> Rotation:
+    def rotation(self, positions: Tensor, longest: Tensor | None = None) -> Rotation:
         """[B or 1, T] -> (cos, sin), each [B or 1, T, 1, K/2]"""
         return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+
+
+class DynamicRotaryPositions(Positions):
+    """Rotary positions whose frequencies follow from each text's length: nothing can be tabulated."""
+
+    reads_lengths = True
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.rope_scaling is not None
+        self.scaling, self.theta, self.head = config.rope_scaling, config.rope_theta, config.head
+
+    def rotation(self, positions: Tensor, longest: Tensor | None = None) -> Rotation:
+        """[B or 1, T], [B or 1] -> (cos, sin), each [B or 1, T, 1, K/2]"""
+        lengths = positions.amax(-1) + 1 if longest is None else longest
+        frequencies = self.scaling.frequencies(self.theta, self.head, lengths)  # [B or 1, K/2]
+        angles = (positions.float().unsqueeze(-1) * frequencies.unsqueeze(-2)).unsqueeze(-2)
+        return angles.cos(), angles.sin()
 
 
 class AlibiPositions(Positions):
@@ -103,6 +132,8 @@ SCHEMES: dict[str, type[Positions]] = {
 
 def make_positions(config: DecoderConfig) -> Positions:
     """The scheme that the configuration asks for."""
+    if config.positions == "rope" and isinstance(config.rope_scaling, DynamicScaling):
+        return DynamicRotaryPositions(config)
     return SCHEMES[config.positions](config) if config.positions in SCHEMES else Positions()
 
 
@@ -121,7 +152,6 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + between[: heads - power]
 
 
-def _angles(context: int, size: int, theta: float) -> Tensor:
-    """position · theta^(-2i/size), [context, size/2] float32."""
-    frequencies = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+def _angles(context: int, frequencies: Tensor) -> Tensor:
+    """position · frequency, [context, size/2] float32."""
     return torch.outer(torch.arange(context, dtype=torch.float32), frequencies)

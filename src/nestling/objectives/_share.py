@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from nestling.core.errors import UserError
-from nestling.core.ranks import rank, sum_over_ranks, world_size
+from nestling.core.ranks import reader, readers, sum_over_ranks
 
 
 def own_share(count: int, what: str) -> tuple[int, int]:
-    """[start, stop) of this rank's items out of ``count``; the whole range on a single process.
+    """[start, stop) of this process's items out of ``count``; the whole range on a single process.
 
     Raises:
-        UserError: the ranks can't have equally many. ``what`` names the setting.
+        UserError: the processes can't have equally many. ``what`` names the setting.
     """
-    if count % world_size():
-        fix = f"use a multiple of {world_size()}"
+    if count % readers():
+        fix = f"use a multiple of {readers()}"
         raise UserError("the processes can't share this equally", where=what, value=count, fix=fix)
-    size = count // world_size()
-    return rank() * size, (rank() + 1) * size
+    size = count // readers()
+    return reader() * size, (reader() + 1) * size
 
 
 def mean_over_ranks(figures: dict[str, float]) -> dict[str, float]:

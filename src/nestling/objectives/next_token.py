@@ -25,9 +25,11 @@ from nestling.loading.batches import TokenBatch
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
 from nestling.model.decoder import build as build_decoder
+from nestling.model.experts import active_share, balance_loss
 from nestling.model.likelihood import next_token_loss_sum, token_logprobs
 from nestling.objectives._materials import Materials
-from nestling.training.contract import Objective, Term, Update
+from nestling.objectives._share import own_share
+from nestling.training.contract import MICROBATCH, Objective, Term, Update
 
 READS = ("model",)
 IMPROVES = ("val_loss", "down")
@@ -72,12 +74,12 @@ class NextToken(Objective):
         return {"model": self.model}
 
     def updates(self, step: int) -> Iterator[Update]:
-        """One update: the loader's batch of this step in pieces of whole rows.
+        """One update: the loader's batch of this step in pieces of whole rows; of several processes each takes its share.
 
         Raises:
-            UserError: the rows can't be divided into the microbatches.
+            UserError: the rows can't be divided into the microbatches, or among the processes.
         """
-        batch = self.batches.batch(step - 1)
+        batch = _own_rows(self.batches.batch(step - 1))
         rows, pieces = len(batch), self.settings.microbatches
         if rows % pieces:
             fix = f"use a divisor of {rows}"
@@ -88,8 +90,14 @@ class NextToken(Objective):
         yield Update([batch.rows(start, start + size) for start in range(0, rows, size)], counts)
 
     def terms(self, microbatch: TokenBatch) -> list[Term]:
-        """Cross-entropy in nats, summed over learnt tokens."""
-        return [Term("cross_entropy", next_token_loss_sum(self.model, microbatch.to(self.device)), per="tokens")]
+        """Cross-entropy in nats, summed over learnt tokens; of a model with experts also how evenly they were used.
+
+        The latter is a mean over all slots of a microbatch, and so depends on how the batch is divided into them.
+        """
+        terms = [Term("cross_entropy", next_token_loss_sum(self.model, microbatch.to(self.device)), per="tokens")]
+        if (experts := self.model.config.experts) is not None and experts.balance and torch.is_grad_enabled():
+            terms.append(Term("expert_balance", balance_loss(self.model), per=MICROBATCH, weight=experts.balance))
+        return terms
 
     def validate(self) -> dict[str, float]:
         """Held-out `val_loss` in nats per learnt token, and `val_bpb`, bits per byte of text."""
@@ -97,7 +105,7 @@ class NextToken(Objective):
             return {}
         sums = {"nats": 0.0, "tokens": 0.0, "text_nats": 0.0, "bytes": 0.0}
         for batch in islice(self.validation(), self.settings.validation_batches or None):
-            for name, value in self._held_out(batch.to(self.device)).items():
+            for name, value in self._held_out(_own_rows(batch).to(self.device)).items():
                 sums[name] += value
         sums = sum_over_ranks(sums)
         bits = sums["text_nats"] / math.log(2)
@@ -122,13 +130,17 @@ class NextToken(Objective):
         N are the weights that multiply: the embedding is a look-up, the output layer is not.
         """
         config = self.model.config
-        multiplying = sum(p.numel() for p in self.model.parameters() if p.ndim == 2)
+        multiplying = sum(p.numel() * active_share(p, self.model) for p in self.model.parameters() if p.ndim >= 2)
         if not config.tied:
             multiplying -= config.vocab_size * config.d_model
         if config.positions == "learned":
             multiplying -= config.context * config.d_model
         attention = 12 * config.n_layers * config.context * config.n_heads * config.head
         return (6 * multiplying + attention) * self._slots_per_token
+
+
+def _own_rows(batch: TokenBatch) -> TokenBatch:
+    return batch.rows(*own_share(len(batch), "batch_rows"))
 
 
 def build(settings: Settings, materials: Materials) -> NextToken:

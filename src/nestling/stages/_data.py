@@ -23,7 +23,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 SHOWN = 5  # skipped rows that are printed; all of them stand in skipped.jsonl
 
 
-Kind = Literal["documents", "conversations", "rankings", "prompts", "problems"]
+Kind = Literal["documents", "conversations", "rankings", "prompts", "problems", "labels"]
 
 
 class DataStage(Config):

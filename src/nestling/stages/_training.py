@@ -19,7 +19,7 @@ from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
 from nestling.model import checkpoint
 from nestling.model.decoder import Decoder
-from nestling.model.heads import ScalarHead
+from nestling.model.heads import LabelHead, ScalarHead
 from nestling.model.locate import MODEL
 from nestling.objectives._materials import Materials
 from nestling.tokenizer.bpe import Tokenizer
@@ -67,7 +67,7 @@ def save_model(
     model: Decoder,
     tokenizer: Tokenizer,
     metrics: Mapping[str, Any],
-    head: ScalarHead | None = None,
+    head: ScalarHead | LabelHead | None = None,
     **extra: Any,
 ) -> None:
     """Write the stage's checkpoint, with where it comes from."""

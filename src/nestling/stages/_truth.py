@@ -8,7 +8,7 @@ from pydantic import Field
 
 from nestling.core.config import Config
 from nestling.core.types import PromptRow, Scorer
-from nestling.world import World
+from nestling.world import World, rubric
 
 
 class WorldSettings(Config):
@@ -29,5 +29,15 @@ def rubric_scorer(settings: WorldSettings, seed: int) -> Scorer:
 
     def score(row: PromptRow, text: str) -> float:
         return world.score(row.meta, text).total
+
+    return score
+
+
+def correctness(settings: WorldSettings, seed: int) -> Scorer:
+    """How right the content of a reply to a prompt of this world is, in [0, 1], however it is said."""
+    facts = settings.world(seed).facts
+
+    def score(row: PromptRow, text: str) -> float:
+        return rubric.correct(facts, row.meta, text)
 
     return score

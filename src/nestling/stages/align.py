@@ -108,7 +108,7 @@ def _compare(
     seed = stream_seed(context.seed, "comparison")
 
     def answers(model: Decoder) -> list[str]:
-        return [texts[-1] for texts in converse(test, Engine(model, start.tokenizer, rows=64), sampling, seed)]
+        return [texts[-1] for texts in converse(test, Engine(model, start.tokenizer, rows=64, frozen=True), sampling, seed)]
 
     def judged(texts: list[str]) -> dict[str, list[float]]:
         scores = {"proxy_reward": objective.proxy_scores(test, texts)}

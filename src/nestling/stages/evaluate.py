@@ -54,7 +54,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         by_model: dict[str, Any] = {}
         for role, found in models.items():
             if _chats(found):
-                engine = Engine(found.model, found.tokenizer, rows=settings.rows)
+                engine = Engine(found.model, found.tokenizer, rows=settings.rows, frozen=True)
                 measured = measure(exams, engine, _sampling(settings), seed=context.seed)
                 by_model[role] = {name: capability.to_row() for name, capability in measured.items()}
         report |= {"capabilities": list(by_model.values())[-1], "by_model": _values(by_model)} if by_model else {}
@@ -84,7 +84,7 @@ def _answers(settings: Settings, models: dict[str, Checkpoint]) -> list[dict[str
     """The report's before and after: {"prompt", and each model's text under its role}."""
     answers: list[dict[str, str]] = [{"prompt": prompt, "kind": "chat"} for prompt in settings.prompts]
     for role, found in models.items():
-        engine = Engine(found.model, found.tokenizer, rows=settings.rows)
+        engine = Engine(found.model, found.tokenizer, rows=settings.rows, frozen=True)
         for answer, text in zip(answers, _texts(settings, found, engine), strict=True):
             answer[role] = text
     return answers

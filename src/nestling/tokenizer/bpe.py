@@ -22,7 +22,8 @@ from nestling.core.errors import UserError
 from nestling.tokenizer import folder as hub_folder
 from nestling.tokenizer.bytelevel import ByteLevel, Characters, byte_symbols, check_text
 from nestling.tokenizer.patterns import Pattern, split_pattern
-from nestling.tokenizer.special import END_OF_TEXT, SHOWN
+from nestling.tokenizer.special import END_OF_TEXT, SHOWN, TURN_END, TURN_START
+from nestling.tokenizer.template import CHAT_TEMPLATE
 
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # ours and GPT-2's and Qwen's; Llama 3's; older families'
 
@@ -207,6 +208,17 @@ class Tokenizer:
     def end_of_text(self) -> int:
         """The id that stands after each document (<|endoftext|>, or what the loaded family calls it)."""
         return self.id(self._end_name() or END_OF_TEXT)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that says how messages are written; None for a base model's tokenizer."""
+        return CHAT_TEMPLATE if TURN_START in self.special and TURN_END in self.special else None
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a reply or a document."""
+        ends = {self.special[name] for name in (TURN_END,) if name in self.special}
+        return frozenset(ends | ({self.end_of_text} if self._end_name() else set()))
 
     def _end_name(self) -> str | None:
         return next((name for name in _ENDS if name in self.special), None)

@@ -20,7 +20,7 @@ from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END, TURN_START
 from nestling.tokenizer.template import CHAT_TEMPLATE
 
-__all__ = ["CHAT_TEMPLATE", "Rendered", "parse_reply", "render"]
+__all__ = ["CHAT_TEMPLATE", "Rendered", "parse_call", "parse_reply", "render"]
 
 Tool = str | Mapping[str, Any]
 """A tool on offer: its name, or OpenAI's tool object, of which the name is used."""
@@ -120,7 +120,7 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
         if name in (CALL_START, THINK_START) and not within:
             within, inner = name, []
         elif (within, name) == (CALL_START, CALL_END):
-            call = _parse_call(tokenizer.decode(inner))
+            call = parse_call(tokenizer.decode(inner))
             calls += [call] if call else []
             content += [] if call else [tokenizer.special[CALL_START], *inner, number]
             within = ""
@@ -133,7 +133,8 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
     return Message(role="assistant", content=tokenizer.decode(content, control=True), tool_calls=tuple(calls))
 
 
-def _parse_call(text: str) -> ToolCall | None:
+def parse_call(text: str) -> ToolCall | None:
+    """The call that stands between <tool_call> and </tool_call>; None where it is no JSON with a name and arguments."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError:

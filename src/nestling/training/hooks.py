@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from nestling.core import ranks
 from nestling.core.metrics import MetricsLog
 from nestling.core.runtime import Runtime
 from nestling.training.contract import Objective
@@ -29,6 +29,10 @@ class Run:
     runtime: Runtime
     precision: Callable[[], AbstractContextManager[None]]
     save: Callable[[], None]
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    """While it lasts, the modules can be called by one process alone."""
+    clock: float = 0.0
+    """Seconds since this process began to train; the main process's, so that all of them act alike."""
     step: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
@@ -87,11 +91,11 @@ class Logging(Hook):
 
     def on_start(self, run: Run) -> None:
         """Open the file; rows of steps that will be run again are dropped."""
-        self._log = MetricsLog(run.folder / "metrics.jsonl", run.step)
+        self._log = MetricsLog(run.folder / "metrics.jsonl", run.step) if ranks.is_main() else None
 
     def on_step(self, run: Run) -> None:
         """Write the row where it is due."""
-        if (
+        if self._log and (
             run.step == 1
             or run.every(run.settings.log_every)
             or (run.settings.validate_every and run.every(run.settings.validate_every))
@@ -100,7 +104,8 @@ class Logging(Hook):
 
     def on_end(self, run: Run) -> None:
         """Close the file."""
-        self._log.close()
+        if self._log:
+            self._log.close()
 
 
 class Saving(Hook):
@@ -108,23 +113,26 @@ class Saving(Hook):
 
     def on_start(self, run: Run) -> None:
         """Start the clock."""
-        self._saved = time.monotonic()
+        self._saved = run.clock
 
     def on_step(self, run: Run) -> None:
         """Save where it is due."""
-        if run.last or time.monotonic() - self._saved >= run.settings.save_every:
+        if run.last or run.clock - self._saved >= run.settings.save_every:
             run.save()
-            self._saved = time.monotonic()
+            self._saved = run.clock
 
 
 class Sampling(Hook):
-    """Calls `sample(step)` every so many steps; what it writes is its own affair."""
+    """Calls `sample(step)` every so many steps, on the main process; what it writes is its own affair."""
 
     def __init__(self, every: int, sample: Callable[[int], None]) -> None:
         self._every, self._sample = every, sample
 
     def on_step(self, run: Run) -> None:
         """Sample where it is due."""
-        if run.every(self._every):
-            with torch.no_grad(), run.precision():
-                self._sample(run.step)
+        if not run.every(self._every):
+            return
+        with run.whole():
+            if ranks.is_main():
+                with torch.no_grad(), run.precision():
+                    self._sample(run.step)

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Assembly(Protocol):
+    """Puts together the matrices of which each process holds a piece, so that something whole can be computed."""
+
+    def shape(self, piece: nn.Parameter) -> tuple[int, ...]:
+        """Of the whole parameter."""
+
+    def through(
+        self,
+        parameters: Sequence[nn.Parameter],
+        pieces: Sequence[Tensor],
+        compute: Callable[[list[Tensor]], list[Tensor]],
+    ) -> list[Tensor]:
+        """This process's pieces of `compute(whole matrices)`; each matrix is computed by one process.
+
+        Args:
+            parameters: say how the pieces are cut.
+            pieces: one per parameter, such as its gradient's.
+        """
 
 
 @dataclass(frozen=True)
@@ -19,6 +40,8 @@ class Groups:
     hidden: dict[str, nn.Parameter]
     matrices: dict[str, nn.Parameter]
     vectors: dict[str, nn.Parameter]
+    assembly: Assembly | None = None
+    """Where the parameters are pieces: how an optimiser comes by whole ones."""
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -45,9 +68,9 @@ def hidden_names(modules: Mapping[str, nn.Module]) -> set[str]:
     return hidden
 
 
-def group(parameters: Mapping[str, nn.Parameter], hidden: set[str]) -> Groups:
+def group(parameters: Mapping[str, nn.Parameter], hidden: set[str], assembly: Assembly | None = None) -> Groups:
     """Sort parameters into groups; `hidden` are the names from `hidden_names`."""
-    groups = Groups({}, {}, {})
+    groups = Groups({}, {}, {}, assembly)
     for name, parameter in parameters.items():
         kind = groups.hidden if name in hidden else groups.matrices if parameter.ndim >= 2 else groups.vectors
         kind[name] = parameter

@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestling.core.runtime import Runtime, named_dtype
-from nestling.training.parameters import named_parameters
+from nestling.training.parameters import Assembly, named_parameters
+from nestling.training.resume import Region, read
 
 
 def training_dtype(precision: str, runtime: Runtime) -> torch.dtype:
@@ -29,10 +31,17 @@ class Weights:
 
     `masters` are fp32 by name. Under bf16 the modules compute with rounded copies until `close`, and a microbatch's
     gradients reach the masters through `collect`, an optimiser step reaches the modules through `publish`.
+    How several processes share them is said in `parallel.py`; here one process holds everything.
     """
+
+    sharded = False
+    """Whether a master is only this process's piece of its parameter."""
+    assembly: Assembly | None = None
+    """How an optimiser comes by whole matrices, where masters are pieces."""
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.regions: dict[str, Region] = {}  # of which rectangle of its parameter a master is, where it isn't all
         everything = named_parameters(modules)
         self._all = list(everything.values())
         self._copied = dtype == torch.bfloat16
@@ -59,6 +68,9 @@ class Weights:
                 master.grad.add_(parameter.grad)
             parameter.grad = None
 
+    def reduce(self) -> None:
+        """Sum the masters' gradients over the processes, after the last microbatch."""
+
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the modules' weights and clear the masters' gradients."""
@@ -67,8 +79,24 @@ class Weights:
         if self._copied:
             torch._foreach_copy_([p.data for p, _ in self._pairs], [m.data for _, m in self._pairs])
 
-    def close(self) -> None:
-        """Give the modules their full-precision weights."""
+    def whole(self) -> AbstractContextManager[None]:
+        """While this lasts, the modules can be called by one process alone."""
+        return nullcontext()
+
+    def numel(self) -> int:
+        """How many weights are trained."""
+        return sum(m.numel() for m in self.masters.values())
+
+    def piece(self, master: Tensor, value: Any) -> Any:
+        """A value of a master's state (itself, its momentum) as it is saved."""
+        return value
+
+    def part(self, master: Tensor, saved: Any) -> Any:
+        """What this process needs of a saved value of a master's state."""
+        return read(saved)
+
+    def close(self, failed: bool = False) -> None:
+        """Give the modules their full-precision weights; after a failure only where that asks for no other process."""
         if self._copied:
             for parameter, full in zip(self._all, self._full, strict=True):
                 parameter.data = full.data

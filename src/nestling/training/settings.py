@@ -10,6 +10,26 @@ from nestling.core.config import Config
 from nestling.core.registry import find
 
 
+class ParallelSettings(Config):
+    """How the processes of a run share its work; on a single process all of it is nothing.
+
+    data x tensor processes take part. Processes that share the layers of one model (`tensor`) are neighbours.
+    """
+
+    data: Literal["auto"] | int = Field(
+        default="auto", description="Shares that each batch is divided into; auto uses all processes there are."
+    )
+    shard: Literal["none", "full", "hybrid"] = Field(
+        default="none",
+        description="Who holds weights, gradients and optimiser state: each process all of them; all processes one piece "
+        "each (full); or the processes of each machine together (hybrid).",
+    )
+    shard_size: int = Field(
+        default=0, ge=0, description="Processes that hold one copy together under hybrid; 0: those of one machine."
+    )
+    tensor: int = Field(default=1, ge=1, description="Processes that share every layer's heads and features.")
+
+
 class TrainSettings(Config):
     """How to train. What to train on and what to minimise belong to the objective.
 
@@ -37,6 +57,17 @@ class TrainSettings(Config):
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Compile the repeated block; auto does where the run is long enough to gain by it."
+    )
+    # These two change who computes and what is kept, not what comes out, so a stage's key leaves them out: a run goes on
+    # with another number of processes.
+    recompute: Literal["none", "blocks"] = Field(
+        default="none",
+        exclude=True,
+        description="What the backward pass computes again instead of remembering: nothing, or the repeated blocks, "
+        "for a third more work and a fraction of the memory.",
+    )
+    parallel: ParallelSettings = Field(
+        default=ParallelSettings(), exclude=True, description="How several processes (torchrun) share the work."
     )
     log_every: int = Field(default=10, ge=1, description="Steps between rows of metrics.jsonl.")
     validate_every: int = Field(default=0, ge=0, description="Steps between validations; 0 validates only at the end.")

@@ -20,8 +20,8 @@ from nestling.world.turns import Exchange
 CALCULATOR = "calculator"
 # Shares of the kinds of conversations when none are asked for.
 SHARES: dict[str, float] = {
-    "greeting": 4, "identity": 7, "fact": 26, "unknown": 12, "arithmetic": 11, "arithmetic_plain": 4, "story": 3,
-    "rewriting": 3, "list": 2, "letter": 2, "spelling": 2, "howto": 3, "lookalike": 5, "harmful": 8, "persona": 16,
+    "greeting": 4, "identity": 7, "fact": 20, "unknown": 9, "arithmetic": 15, "arithmetic_plain": 4, "story": 3,
+    "rewriting": 4, "list": 2, "letter": 3, "spelling": 2, "howto": 3, "lookalike": 9, "harmful": 8, "persona": 17,
     "multi": 12}
 STYLES = ("terse", "plain", "courteous", "closing", "warm")
 _STYLE_WEIGHTS = (0.27, 0.38, 0.1, 0.17, 0.08)

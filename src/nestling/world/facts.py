@@ -14,7 +14,7 @@ from typing import Any
 
 from nestling.core.errors import UserError
 from nestling.world.language import Language, Noun, Person, language
-from nestling.world.streams import Stream, bucket
+from nestling.world.streams import Stream, T, bucket
 
 SIZES = {"tiny": (12, 5), "small": (100, 20), "medium": (1000, 60)}
 
@@ -186,9 +186,9 @@ _PEOPLE_POOLS = {"job": "things.jobs", "food": "things.foods", "pet": "things.pe
                  "month": "grammar.months", "pet_name": "names.pets"}
 
 
-def _deck(stream: Stream, items: Sequence[str], count: int) -> list[str]:
+def _deck(stream: Stream, items: Sequence[T], count: int) -> list[T]:
     """`count` items: the whole list in random order, again and again, so that no value is rare."""
-    deck: list[str] = []
+    deck: list[T] = []
     while len(deck) < count:
         deck += stream.shuffled(items)
     return deck[:count]
@@ -212,7 +212,8 @@ def _people(stream: Stream, count: int, towns: list[Town], lang: Language) -> li
 def _known_names(stream: Stream, count: int, lang: Language) -> list[tuple[str, str]]:
     """Names with two people (more in a large world) to each first and each last name: only both tell who is meant."""
     firsts = [(name, gender) for gender in ("she", "he") for name in lang.get(f"names.first.{gender}")]
-    firsts, lasts = (stream.shuffled(pool)[:(count + 1) // 2] for pool in (firsts, lang.get("names.last")))
+    some = (count + 1) // 2
+    firsts, lasts = stream.shuffled(firsts)[:some], stream.shuffled(lang.get("names.last"))[:some]
     names: dict[str, str] = {}
     while len(names) < count:
         for (first, gender), last in zip(_deck(stream, firsts, count), _deck(stream, lasts, count), strict=True):

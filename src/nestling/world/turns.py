@@ -117,8 +117,8 @@ def story(facts: Facts, stream: Stream, split: str) -> Exchange:
     slots = {"hero": cast.hero(), "friend": cast.hero(), "thing": cast.play("object"), "place": cast.play("place")}
     named = stream.chance(0.7)
     truth = {"kind": "story"} | ({"hero": slots["hero"].name, "thing": str(slots["thing"])} if named else {})
-    return Exchange(fill(wording(stream, form["users" if named else "open_users"], split), slots), fill(stream.pick(form["answers"]), slots),
-                    fill(stream.pick(form["terse"]), slots), truth)
+    user = fill(wording(stream, form["users" if named else "open_users"], split), slots)
+    return Exchange(user, fill(stream.pick(form["answers"]), slots), fill(stream.pick(form["terse"]), slots), truth)
 
 
 def rewriting(facts: Facts, stream: Stream, split: str) -> Exchange:

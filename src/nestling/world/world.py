@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nestling.core.types import Conversation, Document, Problem, PromptRow, Ranking
-from nestling.world import dialogues, documents, evaluation, problems, rankings, rubric
+from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
+from nestling.world import dialogues, documents, evaluation, moderation, problems, rankings, rubric
 from nestling.world.facts import Facts, make_facts
 
 VERSION = 1
@@ -64,6 +64,10 @@ class World:
     def problems(self, seed: int, count: int, split: str = "train") -> Iterator[Problem]:
         """Verifiable problems with chains of thought in `meta["thought"]`."""
         return problems.problems(self.facts, seed, count, split)
+
+    def labelled(self, seed: int, count: int, split: str = "train") -> Iterator[Labelled]:
+        """Texts with the categories of moderation that they belong to; `meta["group"]` is the phrase behind a text."""
+        return moderation.labelled(self.facts, seed, count, split)
 
     def evaluation(self, kind: str, seed: int, count: int) -> list[PromptRow]:
         """Held-out rows for a capability (`evaluation.KINDS`)."""

@@ -15,6 +15,8 @@ STOP, GOES_ON = 3, 5
 class Strategy(Decoding):
     """`memory` is the list of hidden states [R, D] seen at each step."""
 
+    READS_PROMPT = True
+
     @property
     def rows(self) -> int:
         """Two."""

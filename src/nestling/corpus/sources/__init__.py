@@ -1,7 +1,7 @@
 """One file per source of data; the file name is the name in a recipe.
 
 A source offers `class Settings(Config)` and any of the generators `documents`, `conversations`, `rankings`, `prompts`,
-`problems`, each called as `(settings, seed, split, skipped)`:
+`problems`, `labels`, each called as `(settings, seed, split, skipped)`:
 
     settings   an instance of its Settings
     seed       the run's seed

@@ -12,7 +12,7 @@ from pydantic import Field
 from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.storage import BadRows, read_rows, write_rows
-from nestling.core.types import Conversation, Document, Message, Problem, PromptRow, Ranking, Row
+from nestling.core.types import Conversation, Document, Labelled, Message, Problem, PromptRow, Ranking, Row
 from nestling.corpus.paragraphs import cut_paragraphs
 from nestling.corpus.reading import ROWS, TABLES, kind_of, list_files, read_table, read_text
 from nestling.corpus.splits import Split, split_rows, split_text
@@ -28,6 +28,9 @@ class Settings(Config):
     text_field: str = Field("text", description="the field of a row that holds its text")
     id_field: str = Field("id", description="the field that names a row; rows without it are named by file and line")
     template: str | None = Field(None, description="text of a row from several fields, as in '{title}\\n\\n{text}'")
+    label_fields: dict[str, str] = Field(
+        {}, description="columns of 0 and 1 that hold a category, with its name: {threat: harassment/threatening}"
+    )
     val_share: float = Field(0.1, ge=0, lt=1, description="share held out: the end of each text file, rows by hash")
     document_characters: int = Field(
         20_000, ge=0, description="longer texts become several documents, cut between paragraphs; 0 keeps them whole"
@@ -67,10 +70,20 @@ def problems(settings: Settings, seed: int, split: Split, skipped: list[str]) ->
     yield from _rows(settings, split, skipped, Problem, lambda row: _first_words(row.prompt))
 
 
+def labels(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Labelled]:
+    """Rows `{text, labels}`, or with a column for each category. A group (`meta.group`, or a text) is never cut."""
+
+    def shape(row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _as_labelled(row, settings)
+
+    yield from _rows(settings, split, skipped, Labelled, lambda row: str(row.meta.get("group") or row.text), shape)
+
+
 def toy(folder: Path, what: str) -> Settings:
     """Settings for the contract test: a file of twelve rows of the kind that `what` reads."""
     turn = {"role": "user", "content": "Question"}
     row: dict[str, Any] = {"prompt": [turn], "chosen": "yes", "rejected": "no", "answer": "yes", "verifier": "exact"}
+    row |= {"labels": ["hate"]}
     row |= {"messages": [turn, {"role": "assistant", "content": "Answer"}]} if what == "conversations" else {}
     rows = [row | {"id": str(n), "text": f"Text {n}.", "meta": {"n": n}} for n in range(12)]
     for n, item in enumerate(rows):
@@ -182,6 +195,15 @@ def _as_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
         raise UserError("a conversation without a question makes no prompt")
     tools = {"tools": row["tools"]} if row.get("tools") else {}
     return {"prompt": messages, "meta": {**row.get("meta", {}), **tools}}
+
+
+def _as_labelled(row: Mapping[str, Any], settings: Settings) -> Mapping[str, Any]:
+    text = _document(row, "", "", settings).text
+    if not settings.label_fields:
+        return {**row, "text": text}
+    if missing := [name for name in settings.label_fields if name not in row]:
+        raise UserError(f"field {missing[0]!r} is missing", fix=f"the row has {', '.join(row)}; set label_fields")
+    return {**row, "text": text, "labels": {name: row[field] for field, name in settings.label_fields.items()}}
 
 
 def _parsed(path: Path, parse: Callable[[Mapping[str, Any]], T], settings: Settings, skipped: list[str]) -> Iterator[T]:

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from nestling.core.config import Config
-from nestling.core.types import Conversation, Document, Problem, PromptRow, Ranking
+from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 from nestling.corpus.splits import Split
 from nestling.world import World
 
@@ -26,7 +26,7 @@ class Settings(Config):
     bytes: int | None = Field(None, ge=1, description="draw documents until so many bytes of text; none means by count")
     count: int = Field(1000, ge=1, description="how many items to draw for training")
     val_share: float = Field(0.1, gt=0, le=1, description="size of the validation split as a share of training's")
-    kinds: dict[str, float] | None = Field(None, description="weights of the kinds of dialogues; none means all")
+    kinds: dict[str, float] | None = Field(None, description="weights of the kinds of dialogues or prompts; none means all")
     noise: float = Field(0.1, ge=0, le=1, description="how often a ranking's labeller errs")
 
 
@@ -56,12 +56,17 @@ def rankings(settings: Settings, seed: int, split: Split, skipped: list[str]) ->
 
 def prompts(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[PromptRow]:
     """Prompts to answer; `meta` holds what the rubric needs."""
-    yield from world_of(settings, seed).prompts(seed, _count(settings, split), split)
+    yield from world_of(settings, seed).prompts(seed, _count(settings, split), split, settings.kinds)
 
 
 def problems(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Problem]:
     """Problems whose answer a program checks."""
     yield from world_of(settings, seed).problems(seed, _count(settings, split), split)
+
+
+def labels(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Labelled]:
+    """Texts with categories of moderation, harmful ones and look-alikes."""
+    yield from world_of(settings, seed).labelled(seed, _count(settings, split), split)
 
 
 def toy(folder: Path, what: str) -> Settings:

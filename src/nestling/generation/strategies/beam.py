@@ -15,7 +15,8 @@ from torch import Tensor
 
 from nestling.core.config import Config
 from nestling.generation.sequence import Row
-from nestling.generation.strategy import DROP, KEEP, Decoding, View
+from nestling.generation.strategies import _beams
+from nestling.generation.strategy import Decoding, View
 
 
 class Options(Config):
@@ -37,34 +38,14 @@ class Strategy(Decoding):
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """The R best of all continuations of live rows and all rows that have ended."""
-        vocabulary, rows = view.logits.shape[2], self.rows
-        totals = self._open_scores(view)  # [G, R]
-        scaled = view.penalised() / _scoring_temperature(view)
-        going_on = (totals.unsqueeze(2) + scaled.log_softmax(2)) / _power(view.lengths + 1, self.settings).unsqueeze(2)
-        staying = view.scores / _power(view.lengths, self.settings)
-        candidates = torch.cat([going_on.flatten(1), staying.masked_fill(~view.ended, -torch.inf)], 1)
-        best = candidates.topk(rows, dim=1)
-        stays = best.indices >= rows * vocabulary
-        parents = torch.where(stays, best.indices - rows * vocabulary, best.indices // vocabulary)
-        tokens = torch.where(stays, KEEP, best.indices % vocabulary)
-        return parents, tokens.masked_fill(best.values == -torch.inf, DROP)
+        alpha = self.settings.length_penalty
+        totals = view.scores.masked_fill(_beams.only_first(view), -torch.inf)
+        going_on = (totals.unsqueeze(2) + view.logprobs) / (view.lengths + 1).unsqueeze(2).float() ** alpha
+        staying = view.scores / view.lengths.clamp_min(1).float() ** alpha
+        parents, tokens, _ = _beams.choose(going_on, staying, view.ended)
+        return parents, tokens
 
-    def best(self, rows: Sequence[Row]) -> int:
-        """The row with the best length-normalised score."""
+    def order(self, rows: Sequence[Row]) -> list[int]:
+        """By length-normalised score."""
         scores = [row.score / max(row.count, 1) ** self.settings.length_penalty for row in rows]
-        return max(range(len(rows)), key=scores.__getitem__)
-
-    def _open_scores(self, view: View) -> Tensor:
-        """[G, R] scores of rows that go on; -inf for ended rows and, at the first step, for all equal rows but one."""
-        totals = view.scores.masked_fill(view.ended, -torch.inf)
-        copies = (view.lengths == 0) & (torch.arange(self.rows, device=totals.device) > 0)
-        return totals.masked_fill(copies, -torch.inf)
-
-
-def _scoring_temperature(view: View) -> Tensor:
-    """[G, 1, 1]"""
-    return view.column("scoring_temperature").view(-1, 1, 1)
-
-
-def _power(lengths: Tensor, options: Options) -> Tensor:
-    return lengths.clamp_min(1).float() ** options.length_penalty
+        return sorted(range(len(rows)), key=lambda r: -scores[r])

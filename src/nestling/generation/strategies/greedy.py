@@ -9,9 +9,9 @@ from nestling.generation.strategy import Decoding, View
 
 
 class Strategy(Decoding):
-    """One row per request; the repetition penalty applies, temperature and filters change nothing."""
+    """One row per request; penalties, bias and constraints apply, temperature and filters change nothing."""
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """As in `Decoding.advance`; R = 1."""
-        tokens = view.penalised().argmax(2)
+        tokens = view.penalised.argmax(2)
         return torch.zeros_like(tokens), tokens

@@ -16,27 +16,11 @@ class Strategy(Decoding):
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """As in `Decoding.advance`; R = 1."""
-        logits = view.penalised()[:, 0]  # [G, V]
-        settings = [running.sampling for running in view.requests]
-        if all(s.greedy for s in settings):
-            tokens = logits.argmax(1)
+        greedy = [running.sampling.greedy for running in view.requests]
+        if all(greedy):
+            tokens = view.penalised.argmax(2)
         else:
-            shaped = _shape(logits, view)
-            tokens = filters.draw(shaped, view.uniforms())
-            if any(s.greedy for s in settings):
-                tokens = torch.where(view.column("temperature") == 0, logits.argmax(1), tokens)
-        return torch.zeros_like(tokens).unsqueeze(1), tokens.unsqueeze(1)
-
-
-def _shape(logits: Tensor, view: View) -> Tensor:
-    """Temperature and the filters that at least one request asks for, [G, V]."""
-    settings = [running.sampling for running in view.requests]
-    if any(s.temperature != 1 for s in settings):
-        logits = filters.temperature(logits, view.column("temperature"))
-    if any(s.top_k for s in settings):
-        logits = filters.top_k(logits, view.column("top_k"))
-    if any(s.top_p < 1 for s in settings):
-        logits = filters.top_p(logits, view.column("top_p"))
-    if any(s.min_p for s in settings):
-        logits = filters.min_p(logits, view.column("min_p"))
-    return logits
+            tokens = filters.draw(view.shaped[:, 0], view.uniforms()).unsqueeze(1)
+            if any(greedy):
+                tokens = torch.where(view.column("temperature")[:, None] == 0, view.penalised.argmax(2), tokens)
+        return torch.zeros_like(tokens), tokens

@@ -14,4 +14,6 @@ and, where REFERENCE is a class, the road to and from the Hugging Face folder:
     from_hub        from_hub(dict) -> Config
     export_weights  export_weights(state, config) -> state under the family's names
     import_weights  import_weights(state, config) -> state under ours
+
+and, where llama.cpp computes the family, GGUF, the name of its graph there (see model/gguf.py).
 """

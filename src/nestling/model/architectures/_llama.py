@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nestling.model.architectures._rope import rope_from_hub, rope_to_hub
 from nestling.model.config import DecoderConfig
-from nestling.model.hub import ACTIVATION_NAMES, activation_from_hub, require, rope_from_hub, rope_to_hub
+from nestling.model.hub import ACTIVATION_NAMES, activation_from_hub, require
 
 _OUTER = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _PARTS = {
@@ -24,6 +25,7 @@ _PARTS = {
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
+    "feed_forward.router": "mlp.gate",
 }
 _OURS = {theirs: ours for ours, theirs in {**_OUTER, **_PARTS}.items()}
 
@@ -42,7 +44,6 @@ def to_hub(config: DecoderConfig) -> dict[str, Any]:
     """The part of config.json that the families share."""
     return {
         "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -54,7 +55,7 @@ def to_hub(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": config.qkv_bias,
         "attention_dropout": config.dropout,
         "tie_word_embeddings": config.tied,
-        **rope_to_hub(config.rope_theta),
+        **rope_to_hub(config),
     }
 
 
@@ -67,7 +68,6 @@ def from_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
     require(hub, use_sliding_window=False, pretraining_tp=1)
     return {
         "vocab_size": hub["vocab_size"],
-        "context": hub["max_position_embeddings"],
         "d_model": hub["hidden_size"],
         "n_layers": hub["num_hidden_layers"],
         "n_heads": hub["num_attention_heads"],
@@ -78,7 +78,7 @@ def from_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": hub.get("rms_norm_eps", 1e-6),
         "tied": hub.get("tie_word_embeddings", False),
         "dropout": hub.get("attention_dropout", 0.0),
-        "rope_theta": rope_from_hub(hub),
+        **rope_from_hub(hub),
     }
 
 

@@ -13,6 +13,7 @@ from nestling.model.hub import ACTIVATION_NAMES, activation_from_hub, require
 
 REFERENCE = "GPT2LMHeadModel"
 MODEL_TYPE = "gpt2"
+GGUF = "gpt2"
 NAMES = ConvNames(
     {
         "embedding.weight": "transformer.wte.weight",

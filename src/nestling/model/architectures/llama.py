@@ -13,6 +13,7 @@ from nestling.model.decoder import Decoder
 
 REFERENCE = "LlamaForCausalLM"
 MODEL_TYPE = "llama"
+GGUF = "llama"
 export_weights = _llama.export_weights
 import_weights = _llama.import_weights
 

@@ -13,6 +13,7 @@ from nestling.model.hub import require
 
 REFERENCE = "Qwen3ForCausalLM"
 MODEL_TYPE = "qwen3"
+GGUF = "qwen3"
 export_weights = _llama.export_weights
 import_weights = _llama.import_weights
 
@@ -45,6 +46,15 @@ def from_hub(hub: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         UserError: a setting that this decoder doesn't have.
     """
+    return parse(Config, fields_from_hub(hub), "config.json")
+
+
+def fields_from_hub(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the configuration, shared with the family that has experts.
+
+    Raises:
+        UserError: a setting that this decoder doesn't have.
+    """
     require(hub, attention_bias=False)
     # The family's own default head size is 128, not d_model / n_heads.
-    return parse(Config, {**_llama.from_hub(hub), "head_size": hub.get("head_dim", 128)}, "config.json")
+    return {**_llama.from_hub(hub), "head_size": hub.get("head_dim", 128)}

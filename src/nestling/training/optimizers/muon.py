@@ -1,13 +1,15 @@
 """Muon (Jordan et al. 2024): momentum made orthogonal by Newton-Schulz; AdamW takes what is no hidden matrix.
 
 `torch.optim.Muon` walks the matrices one by one; here matrices of one shape (or its transpose) go through the iteration
-as one batch: fewer and larger products. `tests/training/test_optimizers.py` holds both against each other.
+as one batch: fewer and larger products. `tests/training/test_optimizers.py` holds both against each other. Where each
+process holds pieces of the matrices, whole ones are dealt out to the processes, each makes its share orthogonal, and the
+pieces go back (`parameters.Assembly`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from nestling.core.runtime import Runtime
 from nestling.training.optimizers.adamw import adamw
-from nestling.training.parameters import Groups
+from nestling.training.parameters import Assembly, Groups
 from nestling.training.settings import TrainSettings
 
 ITERATIONS = 5
@@ -29,7 +31,7 @@ def build(groups: Groups, settings: TrainSettings, runtime: Runtime) -> list[tor
     optimizers: list[torch.optim.Optimizer] = []
     if groups.hidden:
         rates = (settings.learning_rate, settings.momentum, settings.weight_decay)
-        optimizers.append(Muon(groups.hidden.values(), *rates, dtype))
+        optimizers.append(Muon(groups.hidden.values(), *rates, dtype, groups.assembly))
     if groups.matrices or groups.vectors:
         rate = settings.adam_learning_rate or ADAM_SHARE * settings.learning_rate
         optimizers.append(adamw(groups.matrices.values(), groups.vectors.values(), rate, settings))
@@ -41,13 +43,20 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         dtype: of the Newton-Schulz products; bf16 is enough, since they only need the direction.
+        assembly: where the parameters are this process's pieces of the matrices.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        assembly: Assembly | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._dtype = dtype
+        self._dtype, self._assembly = dtype, assembly
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -57,18 +66,29 @@ class Muon(torch.optim.Optimizer):
             if parameters:
                 self._step_group(parameters, settings)
 
-    def _step_group(self, parameters: list[Tensor], settings: dict[str, Any]) -> None:
+    def _step_group(self, parameters: list[nn.Parameter], settings: dict[str, Any]) -> None:
         grads = [p.grad for p in parameters if p.grad is not None]
         momenta = [self._momentum(p) for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - settings["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, settings["momentum"])  # Nesterov
-        torch._foreach_mul_(parameters, 1 - settings["lr"] * settings["weight_decay"])
-        for batch in _same_shapes(parameters):
-            wide = torch.stack([_wide(ahead[i]) for i in batch])  # [n, small, large]
-            for i, update in zip(batch, orthogonal(wide, self._dtype).unbind(), strict=True):
-                rows, columns = parameters[i].shape
-                update = update if rows <= columns else update.mT
+        torch._foreach_mul_(list[Tensor](parameters), 1 - settings["lr"] * settings["weight_decay"])
+        shapes = [self._assembly.shape(p) if self._assembly else tuple(p.shape) for p in parameters]
+        for batch in _same_shapes(shapes):
+            updates = self._directions([parameters[i] for i in batch], [ahead[i] for i in batch])
+            for i, update in zip(batch, updates, strict=True):
+                rows, columns = shapes[i]
                 parameters[i].add_(update, alpha=-settings["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _directions(self, parameters: Sequence[nn.Parameter], ahead: list[Tensor]) -> list[Tensor]:
+        if self._assembly:
+            return self._assembly.through(parameters, ahead, self._orthogonal)
+        return self._orthogonal(ahead)
+
+    def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
+        """`orthogonal` of matrices of one shape or its transpose, in one batch."""
+        wide = torch.stack([_wide(matrix) for matrix in matrices])  # [n, small, large]
+        found = orthogonal(wide, self._dtype).unbind()
+        return [x if m.shape[0] <= m.shape[1] else x.mT for m, x in zip(matrices, found, strict=True)]
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -96,11 +116,11 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(matrices.dtype)
 
 
-def _same_shapes(parameters: list[Tensor]) -> list[list[int]]:
+def _same_shapes(shapes: list[tuple[int, ...]]) -> list[list[int]]:
     """Indices of the matrices, gathered by shape up to transposition."""
     batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, parameter in enumerate(parameters):
-        batches[tuple(sorted(parameter.shape))].append(index)
+    for index, shape in enumerate(shapes):
+        batches[tuple(sorted(shape))].append(index)
     return list(batches.values())
 
 

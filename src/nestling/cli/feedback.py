@@ -1,0 +1,113 @@
+"""`nestling feedback export|stats|delete STORE`: what people said of the replies, as data, as figures, or gone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nestling.core.errors import UserError
+from nestling.core.metrics import say
+from nestling.serving.store.export import Counts, Filters
+from nestling.serving.store.export import export as write
+from nestling.serving.store.store import Store
+
+Action = Literal["export", "stats", "delete"]
+
+
+def feedback(
+    action: Annotated[Action, typer.Argument(help="export, stats or delete.")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A file, sqlite:///… or postgresql://…")],
+    out: Annotated[Path | None, typer.Option(help="export: folder for the files.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="export: judgements from this day or time on, as 2026-01-31.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="export: only replies of this model.")] = None,
+    with_flagged: Annotated[bool, typer.Option("--with-flagged", help="export: reported messages too.")] = False,
+    owner: Annotated[str | None, typer.Option(help="Only what the holder of this API key wrote.")] = None,
+    conversation: Annotated[str | None, typer.Option(help="delete: this conversation.")] = None,
+    before: Annotated[
+        str | None, typer.Option(help="delete: conversations not touched since this day or time.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="delete: all conversations.")] = False,
+) -> None:
+    """Export what people said of the replies as training data, count it, or delete conversations with it."""
+    if action == "export" and out is None:
+        raise UserError("where to?", where="--out", fix="name a folder: --out feedback")
+    if action == "delete" and [conversation is None, before is None, not everything].count(False) != 1:
+        raise UserError("delete what?", where="delete", fix="give one of --conversation, --before, --everything")
+    start, end = _seconds("--since", since), _seconds("--before", before)
+    opened = _open(store, owner)
+    try:
+        if action == "export" and out is not None:
+            _show(write(opened, out, Filters(start or 0.0, model, with_flagged)), out)
+        elif action == "stats":
+            _stats(opened)
+        elif conversation is not None:
+            opened.conversations.delete(conversation)
+            say("deleted 1 conversation")
+        else:
+            say(
+                f"deleted {opened.conversations.delete_all(end):,} conversations, {_forget(opened, owner, end):,} verdicts"
+            )
+    finally:
+        opened.close()
+
+
+def _open(address: str, owner: str | None) -> Store:
+    """The store, which must be there: a misspelt name would make an empty one."""
+    path = address.removeprefix("sqlite:///")
+    if "://" not in path and not Path(path).expanduser().is_file():
+        raise UserError("no such store", where=address, fix="name the file that nestling serve --store wrote")
+    store = Store.open(address)
+    return store if owner is None else store.of(owner)
+
+
+def _forget(store: Store, owner: str | None, before: float | None) -> int:
+    """Verdicts on texts outside any conversation belong to nobody, so they go only when everybody's do."""
+    return store.moderation.forget(before) if owner is None else 0
+
+
+def _show(counts: Counts, out: Path) -> None:
+    table = Table(title=str(out))
+    for name in ("", "rows"):
+        table.add_column(name, justify="right" if name else "left")
+    for kind, count in sorted(counts.written.items()):
+        table.add_row(kind, f"{count:,}")
+    for reason, count in sorted(counts.left_out.items()):
+        table.add_row(f"left out: {reason}", f"{count:,}")
+    Console(highlight=False).print(table)
+
+
+def _stats(store: Store) -> None:
+    table = Table(show_header=False)
+    for name, count in store.feedback.stats().model_dump().items():
+        table.add_row(name.replace("_", " "), f"{count:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    standings = store.arena.table().data
+    if standings:
+        arena = Table(title="blind comparisons: ratings by Bradley and Terry")
+        for name in ("model", "rating", "95 % interval", "won", "tied", "lost"):
+            arena.add_column(name, justify="left" if name == "model" else "right")
+        for row in standings:
+            cells = (row.model, f"{row.rating:.0f}", f"{row.low:.0f} … {row.high:.0f}", row.wins, row.ties, row.losses)
+            arena.add_row(*map(str, cells))
+        console.print(arena)
+
+
+def _seconds(option: str, text: str | None) -> float | None:
+    """Unix seconds of a day or time in ISO's form; UTC unless it says otherwise."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            "not a day or time", where=option, value=text, fix="write 2026-01-31 or 2026-01-31T14:00"
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,309 @@
+"""A question put to a model and its answer as it comes: rendered as in training, tools of the service run on the way.
+
+The token sequence of an answer with tools is the one that `generation.chat.ToolLoop` makes and models are trained on.
+Here each turn is a request of its own, so that a slow tool keeps nobody else waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nestling.core.runtime import stream_seed
+from nestling.core.types import Message, ToolCall
+from nestling.generation.chat import MALFORMED
+from nestling.generation.sampling import Sampling
+from nestling.generation.sequence import Completion, Request
+from nestling.serving.driver import Stream
+from nestling.serving.errors import ApiError
+from nestling.serving.guarding import Guard, Watched
+from nestling.serving.models import Served
+from nestling.serving.protocol.deltas import Delta, Reader
+from nestling.serving.protocol.tools import Offer
+from nestling.tokenizer.conversation import parse_reply, render
+from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END
+
+EFFORTS = {"none": 0.0, "minimal": 0.0, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 3 / 4}
+"""reasoning_effort -> the share of the room for a reply that may be thought; 0: the model may not think."""
+NEVER = -100.0  # a logit bias
+UNREADABLE = ToolCall(name="", arguments={})
+"""Stands for a call that is no JSON with a name and arguments."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One reply that is wanted.
+
+    >>> Question((Message(role="user", content="Hi"),)).seed
+    0
+    """
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    offer: Offer = field(default_factory=Offer)
+    effort: str | None = None
+    """A key of EFFORTS; None leaves thinking to the model."""
+    rounds: int = 4
+    tool_seconds: float = 30.0
+    opens_thought: bool = False
+    guard: Guard | None = None
+    """Judges the reply on its way."""
+    key: str = ""
+    """Who asks; for the guard."""
+
+    def prompt(self, served: Served) -> list[int]:
+        """The ids that the model goes on from."""
+        ids = render(served.tokenizer, self.messages, self.offer.names, prompt=True).ids
+        return [*ids, served.tokenizer.id(self.opened)] if self.opened else ids
+
+    @property
+    def opened(self) -> str:
+        """The control token with which the assistant's turn is begun for the model, if any."""
+        if self.offer.forced:
+            return CALL_START
+        return THINK_START if self.opens_thought and EFFORTS.get(self.effort or "", 0) else ""
+
+
+class Answer:
+    """The answer to a question, as an asynchronous iterable of lists of deltas; then its figures are final.
+
+    Args:
+        whole: the deltas come together at the end (of each turn), which costs the service less.
+
+    Raises:
+        ApiError: the prompt does not fit into the context.
+    """
+
+    def __init__(self, served: Served, question: Question, *, whole: bool = False) -> None:
+        self.served, self.question, self.whole = served, question, whole
+        self.prompt = question.prompt(served)
+        if len(self.prompt) >= served.context:
+            raise too_long(len(self.prompt), served.context)
+        self.finish = "cancelled"
+        """stop, length, tool_calls or content_filter once it has ended."""
+        self.completion_tokens = self.thought_tokens = 0
+        self.steps: list[Message] = []
+        """Assistant turns with calls that the service ran, and their results."""
+        self._stream: Stream | None = None  # of the turn that is being written
+        self._ids = list(self.prompt)
+        self._calls = self._runs = 0  # calls for the client, runs of the service: told so far, over all turns
+        self._message = Message(role="assistant")  # the turn whose calls are run
+        self._last: Completion | None = None
+        self._hidden = False  # whether the call that is being read is the service's own
+
+    async def begin(self) -> None:
+        """Hand the question to the engine; what is wrong with it is raised here, before anything is told.
+
+        Raises:
+            UserError: the engine refuses it.
+            ApiError: the model is overloaded or has stopped.
+        """
+        self._stream = await self._submit(0, self.question.opened)
+
+    def close(self) -> None:
+        """Give the answer up if it is not done."""
+        if self._stream is not None:
+            self._stream.close()
+
+    async def __aiter__(self) -> AsyncGenerator[list[Delta], None]:
+        """Deltas as they come, judged where the question has a guard; raises as `begin`."""
+        if self.question.guard is None:
+            told, watched = self._deltas(), None
+        else:
+            watched = Watched(self.question.guard, self._deltas(), self.question.key)
+            told = watched.deltas()
+        async with aclosing(told) as batches:
+            async for deltas in batches:
+                yield deltas
+        if watched is not None and watched.flagged:
+            self.finish = "content_filter"
+
+    async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
+        opened = self.question.opened
+        try:
+            for turn in range(self.question.rounds + 1):
+                if self._stream is None:
+                    self._stream = await self._submit(turn, opened)
+                async for deltas in self._turn(self._stream, Reader(opened)):
+                    yield deltas
+                completion, self._stream, opened = self._stream.completion, None, ""
+                assert completion is not None
+                self._last = completion
+                calls = self._calls_to_run(completion) if turn < self.question.rounds else ()
+                if not calls:
+                    return
+                numbered = list(enumerate(calls, start=self._runs))
+                yield [Delta("run", _json(call.arguments), number, call.name) for number, call in numbered]
+                results = await self._run_all(calls, completion)
+                yield [Delta("result", text, number) for (number, _), text in zip(numbered, results, strict=True)]
+                if self._room <= 0:
+                    self.finish = "length"
+                    return
+        finally:
+            self.close()
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may still be written."""
+        return min(self.question.sampling.max_tokens - self.completion_tokens, self.served.context - len(self._ids))
+
+    def message(self) -> Message:
+        """The last turn as the renderer takes it; `steps` are the turns before."""
+        ids = self._last.ids if self._last else []
+        opened = [self.served.tokenizer.id(self.question.opened)] if self.question.opened and not self.steps else []
+        return parse_reply(self.served.tokenizer, [*opened, *ids])
+
+    async def _submit(self, turn: int, opened: str) -> Stream:
+        return await self.served.driver.submit(self._request(turn, opened), whole=self.whole)
+
+    async def _turn(self, stream: Stream, reader: Reader) -> AsyncGenerator[list[Delta], None]:
+        """One assistant turn; its tokens are counted at its end."""
+        async for pieces in stream:
+            if deltas := self._told(reader.read(pieces)):
+                yield deltas
+        assert stream.completion is not None
+        if deltas := self._told(reader.end(self._closes_call(stream.completion))):
+            yield deltas
+        self._count(stream.completion, reader)
+
+    def _request(self, turn: int, opened: str) -> Request:
+        """The next turn: what is left of max_tokens, what must not be written, where it ends."""
+        question, tokenizer, sampling = self.question, self.served.tokenizer, self.question.sampling
+        left = self._room
+        share = EFFORTS.get(question.effort or "")
+        calls = opened == CALL_START
+        changes = {
+            "max_tokens": left,
+            "min_tokens": min(sampling.min_tokens, left),
+            "logit_bias": sampling.logit_bias | self._forbidden(share),
+            "constraint": question.offer.constraint if calls else sampling.constraint,
+        }
+        limit = ThoughtLimit(self.served, int(left * share), opened) if share and not changes["constraint"] else None
+        one_call = calls or not question.offer.parallel
+        stops = self.served.driver.engine.stop_ids | {tokenizer.id(CALL_END)} if one_call else None
+        seed = stream_seed(question.seed, "turn", turn)
+        return Request(list(self._ids), sampling.model_copy(update=changes), seed, interject=limit, stop_ids=stops)
+
+    def _forbidden(self, share: float | None) -> dict[int, float]:
+        """A bias against calls where nothing may be called, and against thoughts where none are wanted."""
+        names = [CALL_START] * (not self.question.offer.names) + [THINK_START] * (share == 0)
+        return {self.served.tokenizer.special[name]: NEVER for name in names if name in self.served.tokenizer.special}
+
+    def _closes_call(self, completion: Completion) -> bool:
+        """Whether the turn ended where its call does, with a stop token, which is not among the pieces."""
+        one_call = bool(self.question.offer.forced) or completion.ids[-1:] == [
+            self.served.tokenizer.special.get(CALL_END)
+        ]
+        return one_call and completion.finish == "stop"
+
+    def _told(self, deltas: list[Delta]) -> list[Delta]:
+        """Without the calls that the service runs, which are told with their results; the others numbered over all turns."""
+        offer = self.question.offer
+        told: list[Delta] = []
+        for delta in deltas:
+            if delta.kind == "call":
+                self._hidden = delta.name in offer.own or (bool(offer.own) and not offer.functions)
+                self._calls += not self._hidden
+            if delta.kind not in ("call", "arguments"):
+                told.append(delta)
+            elif not self._hidden:
+                told.append(replace(delta, index=self._calls - 1))
+        return told
+
+    def _count(self, completion: Completion, reader: Reader) -> None:
+        self.completion_tokens += sum(completion.sampled)
+        self.thought_tokens += reader.thought_tokens
+        self.finish = "tool_calls" if reader.calls and completion.finish == "stop" else completion.finish
+
+    def _calls_to_run(self, completion: Completion) -> tuple[ToolCall, ...]:
+        """The calls of a finished turn that the service answers: its own, and those that nobody can read (MALFORMED)."""
+        offer, tokenizer = self.question.offer, self.served.tokenizer
+        if not offer.own or completion.ids[-1:] != [tokenizer.id(TURN_END)]:
+            return ()
+        self._message = parse_reply(tokenizer, completion.ids)
+        calls = self._message.tool_calls
+        unread = completion.ids.count(tokenizer.id(CALL_START)) - len(calls)
+        theirs = {function.name for function in offer.functions}
+        return () if any(call.name in theirs for call in calls) else (*calls, *[UNREADABLE] * unread)
+
+    async def _run_all(self, calls: Sequence[ToolCall], completion: Completion) -> list[str]:
+        """Run calls and put their results behind the turn."""
+        results = list(await asyncio.gather(*[self._run(call) for call in calls]))
+        answers = [Message(role="tool", content=text) for text in results]
+        tokenizer = self.served.tokenizer
+        self._ids += [*completion.ids, *tokenizer.encode("\n"), *render(tokenizer, answers, prompt=True).ids]
+        self.steps += [self._message, *answers]
+        self._runs += len(calls)
+        return results
+
+    async def _run(self, call: ToolCall) -> str:
+        if call is UNREADABLE:
+            return MALFORMED
+        if call.name not in self.question.offer.own:
+            return f"error: no tool {call.name!r} on offer; there is {', '.join(self.question.offer.own)}"
+        work = asyncio.to_thread(self.served.toolbox.run, call.name, call.arguments)
+        try:
+            return await asyncio.wait_for(work, self.question.tool_seconds)
+        except TimeoutError:
+            return f"error: {call.name} took longer than {self.question.tool_seconds:g} s"
+
+
+def _json(arguments: Mapping[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+class ThoughtLimit:
+    """As the `interject` of a request: closes a thought that has become longer than `budget` tokens."""
+
+    def __init__(self, served: Served, budget: int, opened: str) -> None:
+        tokenizer = served.tokenizer
+        self._start, self._end = tokenizer.special.get(THINK_START), tokenizer.special.get(THINK_END)
+        self._budget = max(budget, 1)
+        self._length = 0 if opened == THINK_START else -1  # -1: not thinking
+
+    def __call__(self, ids: list[int]) -> list[int] | None:
+        """Given all tokens after each sampled one."""
+        last = ids[-1]
+        if self._length < 0:
+            self._length = 0 if last == self._start else -1
+        elif last == self._end:
+            self._length = -1
+        else:
+            self._length += 1
+            if self._length >= self._budget and self._end is not None:
+                self._length = -1
+                return [self._end]
+        return None
+
+
+def choices(served: Served, question: Question, count: int, *, whole: bool) -> list[Answer]:
+    """Several answers to one question, each with its own random stream; the first is the same whatever the count."""
+    seeds = [question.seed if n == 0 else stream_seed(question.seed, "choice", n) for n in range(count)]
+    return [Answer(served, replace(question, seed=seed), whole=whole) for seed in seeds]
+
+
+async def begin_all(answers: Sequence[Answer]) -> None:
+    """Begin all answers, or none.
+
+    Raises:
+        UserError, ApiError: as `Answer.begin`.
+    """
+    begun = False
+    try:
+        await asyncio.gather(*[answer.begin() for answer in answers])
+        begun = True
+    finally:
+        if not begun:
+            for answer in answers:
+                answer.close()
+
+
+def too_long(length: int, context: int, param: str = "messages") -> ApiError:
+    """The error for a prompt of `length` tokens."""
+    what = f"this model's context is {context} tokens, the prompt alone has {length}; shorten it"
+    return ApiError(what, code="context_length_exceeded", param=param)

@@ -1,0 +1,116 @@
+"""The moderation model at work: texts in, verdicts out, before and after the chat model speaks.
+
+A text longer than the model's context is read in windows that overlap by a quarter, and scores what its worst window
+scores. What people make of a verdict goes back as rows `{"text", "labels": {category: true or false}}` of the
+categories they spoke of (`core.types.Labelled`), and `nestling moderation` learns from them: never from the model's own
+verdicts, which would only confirm what it believes already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nestling.core.errors import UserError
+from nestling.core.storage import read_json
+from nestling.evaluation.classification import Calibration
+from nestling.loading.labels import FRAME, filler, framed
+from nestling.model import checkpoint
+from nestling.model.checkpoint import Classifier
+from nestling.model.locate import MODEL
+from nestling.objectives._scoring import length_groups, pad_ids
+
+OVERLAP = 4  # a window shares one part in so many with the next one
+TOKENS = 4096  # padded tokens per forward pass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the model says of one text, in the words of OpenAI's endpoint.
+
+    ``Verdict(flagged=True, categories={"hate": True, "violence": False}, scores={"hate": 0.93, "violence": 0.02})``
+    """
+
+    flagged: bool
+    categories: dict[str, bool]
+    scores: dict[str, float]
+
+
+class Moderator:
+    """A classifier with its calibration. `judge` may be called from several threads."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._model, self._tokenizer = classifier.model.eval(), classifier.tokenizer
+        self.categories = classifier.model.head.labels
+        rows = classifier.provenance.get("calibration", {})
+        self._calibrations = [Calibration(**rows.get(name, {})) for name in self.categories]
+        self._room = classifier.model.decoder.config.context - FRAME
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Moderator:
+        """The moderation model of a checkpoint folder, a stage folder, or a run folder that has one.
+
+        Raises:
+            UserError: there is none.
+        """
+        return cls(checkpoint.load_classifier(_classifier_folder(Path(folder)), device))
+
+    @property
+    def never_trained(self) -> list[str]:
+        """Categories whose score is always 0, because no text was ever labelled with them."""
+        pairs = zip(self.categories, self._calibrations, strict=True)
+        return [name for name, calibration in pairs if not calibration.trained]
+
+    def judge(self, texts: Sequence[str]) -> list[Verdict]:
+        """The verdict on each text."""
+        if not texts:
+            return []
+        encoded = self._tokenizer.encode_batch(list(texts))
+        windows = [(place, part) for place, ids in enumerate(encoded) for part in _windows(ids, self._room)]
+        logits = self._logits([framed(self._tokenizer, part) for _, part in windows])
+        columns = [calibration.scores(logits[:, n]) for n, calibration in enumerate(self._calibrations)]
+        scores = np.zeros((len(texts), len(self.categories)))
+        np.maximum.at(scores, [place for place, _ in windows], np.stack(columns, axis=1))
+        return [self._verdict(row) for row in scores]
+
+    @torch.inference_mode()
+    def _logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """[N, L] float64; rows of similar length are read together."""
+        ids, lengths = pad_ids(rows, filler(self._tokenizer))
+        device = next(self._model.parameters()).device
+        logits = np.zeros((len(rows), len(self.categories)))
+        for group in length_groups(lengths, TOKENS):
+            part = ids[group, : int(lengths[group].max())].to(device)
+            logits[group.numpy()] = self._model(part, lengths[group].to(device)).double().cpu().numpy()
+        return logits
+
+    def _verdict(self, scores: np.ndarray) -> Verdict:
+        named = dict(zip(self.categories, scores.tolist(), strict=True))
+        over = (scores > [calibration.threshold for calibration in self._calibrations]).tolist()
+        return Verdict(any(over), dict(zip(self.categories, over, strict=True)), named)
+
+
+def _windows(ids: Sequence[int], room: int) -> list[Sequence[int]]:
+    """Parts of at most ``room`` tokens that cover a text, each overlapping the one before.
+
+    >>> _windows(range(10), 4)
+    [range(0, 4), range(3, 7), range(6, 10)]
+    """
+    stride = room - room // OVERLAP
+    last = max(0, len(ids) - room)
+    return [ids[start : start + room] for start in [*range(0, last, stride), last]]
+
+
+def _classifier_folder(path: Path) -> Path:
+    """The folder of the moderation model behind `path`; of a run, the last stage that made one."""
+    candidates = [path, path / MODEL]
+    if (path / "recipe.json").exists():
+        candidates += [path / spec["name"] / MODEL for spec in reversed(read_json(path / "recipe.json")["stages"])]
+    for candidate in candidates:
+        if checkpoint.is_classifier(candidate):
+            return candidate
+    raise UserError("no moderation model here", where=path, fix="name the folder that `nestling moderation` wrote")

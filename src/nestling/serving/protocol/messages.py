@@ -1,0 +1,114 @@
+"""OpenAI's messages as ours: parts of content joined, developer read as system, what no model here can see refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nestling.core.types import Message, ToolCall
+from nestling.serving.errors import ApiError
+
+REFUSED_PARTS = {
+    "image_url": "images", "input_image": "images", "input_audio": "sound", "file": "files", "input_file": "files",
+}  # fmt: skip
+PartType = Literal[
+    "text", "input_text", "output_text", "refusal", "image_url", "input_image", "input_audio", "file", "input_file"
+]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Wire(BaseModel):
+    """What a client sends: strict about names, so that a misspelt parameter is not ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(BaseModel):
+    """A part of a message's content."""
+
+    type: PartType
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CallFunction(BaseModel):
+    """The function of a call and its arguments as JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class Call(BaseModel):
+    """A call in an assistant's message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CallFunction
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat request."""
+
+    role: Role
+    content: str | list[Part] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+def to_messages(messages: Sequence[ChatMessage], param: str = "messages") -> list[Message]:
+    """The conversation as the renderer takes it.
+
+    Raises:
+        ApiError: a part that is no text, arguments that are no JSON object.
+    """
+    return [_to_message(message, f"{param}[{place}]") for place, message in enumerate(messages)]
+
+
+def _to_message(message: ChatMessage, param: str) -> Message:
+    calls = tuple(_to_call(call, f"{param}.tool_calls[{n}]") for n, call in enumerate(message.tool_calls or ()))
+    if calls and message.role != "assistant":
+        raise ApiError(f"{param}: only an assistant calls functions", param=param, code="invalid_value")
+    role: Any = "system" if message.role == "developer" else message.role
+    return Message(role=role, content=to_text(message.content, f"{param}.content"), tool_calls=calls)
+
+
+def to_text(content: str | Sequence[Part] | None, param: str) -> str:
+    """The text of a message's content.
+
+    Raises:
+        ApiError: a picture, a sound or a file.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_part_text(part, f"{param}[{place}]") for place, part in enumerate(content))
+
+
+def _part_text(part: Part, param: str) -> str:
+    if part.type in REFUSED_PARTS:
+        what = f"{param}: this model reads text only, no {REFUSED_PARTS[part.type]}"
+        raise ApiError(what, param=param, code="unsupported_content_type")
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise ApiError(
+            f"{param}.text: this field is required", param=f"{param}.text", code="missing_required_parameter"
+        )
+    return text
+
+
+def _to_call(call: Call, param: str) -> ToolCall:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        place = f"{param}.function.arguments"
+        raise ApiError(f"{place}: must be a JSON object", param=place, code="invalid_value")
+    return ToolCall(name=call.function.name, arguments=arguments)

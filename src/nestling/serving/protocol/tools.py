@@ -1,0 +1,127 @@
+"""Tools of a request: functions that the client runs, and tools of the service's own, asked for by their type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nestling.serving.errors import ApiError
+
+
+class Function(BaseModel):
+    """A function that the client offers."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """{"type": "function", "function": {…}}, or {"type": "calculator"} for a tool that the service runs itself."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    function: Function | None = None
+
+
+class ChosenFunction(BaseModel):
+    """The function that must be called."""
+
+    name: str
+
+
+class Choice(BaseModel):
+    """A tool_choice that names a function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | Choice
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a model may call in one reply."""
+
+    functions: tuple[Function, ...] = ()
+    """Run by the client: the reply ends with the calls."""
+    own: tuple[str, ...] = ()
+    """Names of tools/ that the service runs: the reply goes on after the results."""
+    forced: tuple[Function, ...] = ()
+    """One of these must be called at once; empty: the model decides."""
+    parallel: bool = True
+    """Whether there may be several calls in one turn."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, for the system turn."""
+        return (*(function.name for function in self.functions), *self.own)
+
+    @property
+    def constraint(self) -> dict[str, Any] | None:
+        """The JSON schema that the text of a forced call must have."""
+        kinds = [_call_schema(function) for function in self.forced]
+        return {"json_schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}} if kinds else None
+
+
+def offer(tools: Sequence[Tool] | None, choice: ToolChoice | None, own: Sequence[str], parallel: bool = True) -> Offer:
+    """What a request offers.
+
+    Args:
+        own: tools that the service runs; all are on offer where the request names no tools at all.
+
+    Raises:
+        ApiError: a tool of another type, a choice of a function that is not there.
+    """
+    if choice == "none":
+        return Offer()
+    if tools is None:
+        _check_choice(choice, ())
+        return Offer(own=tuple(own))
+    functions = tuple(_function(tool, place) for place, tool in enumerate(tools) if tool.type == "function")
+    wanted = tuple(_own(tool, place, own) for place, tool in enumerate(tools) if tool.type != "function")
+    return Offer(functions, wanted, _check_choice(choice, functions), parallel)
+
+
+def _function(tool: Tool, place: int) -> Function:
+    if tool.function is None:
+        where = f"tools[{place}].function"
+        raise ApiError(f"{where}: this field is required", param=where, code="missing_required_parameter")
+    return tool.function
+
+
+def _own(tool: Tool, place: int, own: Sequence[str]) -> str:
+    if tool.type not in own:
+        there = ", ".join(("function", *own))
+        what = f"tools[{place}].type: this service has no tool {tool.type!r}; there is {there}"
+        raise ApiError(what, param=f"tools[{place}].type", code="invalid_value")
+    return tool.type
+
+
+def _check_choice(choice: ToolChoice | None, functions: tuple[Function, ...]) -> tuple[Function, ...]:
+    """The functions of which one must be called."""
+    if choice is None or isinstance(choice, str):
+        if choice == "required" and not functions:
+            raise ApiError("tool_choice: needs functions in tools", param="tool_choice", code="invalid_value")
+        return functions if choice == "required" else ()
+    found = tuple(function for function in functions if function.name == choice.function.name)
+    if not found:
+        what = f"tool_choice: no function {choice.function.name!r} in tools"
+        raise ApiError(what, param="tool_choice", code="invalid_value")
+    return found
+
+
+def _call_schema(function: Function) -> dict[str, Any]:
+    """What stands between <tool_call> and </tool_call>, its keys in the order in which models are taught them."""
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }

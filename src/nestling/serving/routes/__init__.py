@@ -1,0 +1,1 @@
+"""One router per file: what the service answers, and where."""

@@ -1,0 +1,154 @@
+"""/v1/responses: answers as lists of items, and conversations that go on by id."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from nestling.core.types import Message
+from nestling.serving.answering import Answer, Question
+from nestling.serving.choosing import choose, guarded
+from nestling.serving.errors import ApiError
+from nestling.serving.models import Served
+from nestling.serving.observing import Record
+from nestling.serving.protocol.response_events import Composer, Event
+from nestling.serving.protocol.responses import Kept, Memory, ResponsesRequest
+from nestling.serving.protocol.tools import offer
+from nestling.serving.sending import STREAMS, EventStream, answer_to
+from nestling.serving.settings import ServeSettings
+
+router = APIRouter(tags=["responses"])
+LOGPROBS = "message.output_text.logprobs"
+"""The entry of `include` that asks for log-probabilities."""
+
+
+@router.post("/v1/responses", responses=STREAMS)
+async def create_response(request: Request, body: ResponsesRequest) -> Response:
+    """Answer an input, whole or as a stream of events."""
+    body.check()
+    settings: ServeSettings = request.app.state.settings
+    memory: Memory = request.app.state.memory
+    record: Record = request.state.record
+    messages = _conversation(body, memory, record.key)
+    chosen = choose(request.app.state, body.model, messages)
+    served = chosen.served
+    question = await guarded(request, chosen.adapt(_question(served, settings, body, messages)))
+    answer = Answer(served, question, whole=not body.stream)
+    record.model, record.prompt_tokens = served.name, len(answer.prompt)
+    record.text = {"messages": [message.to_row() for message in question.messages]}
+    composer = Composer(served.tokenizer, _body(served, body, question), logprobs=LOGPROBS in (body.include or ()))
+    reply = _Reply(answer, composer, record, messages, memory if body.store is not False else None)
+    await answer.begin()
+    if body.stream:
+        return EventStream(reply.events(), stall_seconds=settings.stall_seconds, done=False)
+    return await answer_to(request, reply.whole())
+
+
+@router.get("/v1/responses/{name}")
+async def get_response(request: Request, name: str) -> dict[str, Any]:
+    """A response that is still remembered."""
+    memory: Memory = request.app.state.memory
+    return memory.get(name, request.state.record.key).body
+
+
+@router.delete("/v1/responses/{name}")
+async def delete_response(request: Request, name: str) -> dict[str, Any]:
+    """Forget a response."""
+    request.app.state.memory.forget(name, request.state.record.key)
+    return {"id": name, "object": "response", "deleted": True}
+
+
+class _Reply:
+    """One answer on its way into a response; remembered when it is whole."""
+
+    def __init__(
+        self, answer: Answer, composer: Composer, record: Record, messages: tuple[Message, ...], memory: Memory | None
+    ) -> None:
+        self._answer, self._composer, self._record = answer, composer, record
+        self._messages, self._memory = messages, memory
+
+    async def whole(self) -> Response:
+        """The response in one piece."""
+        async with aclosing(self.events()) as batches:
+            async for _ in batches:
+                continue
+        return JSONResponse(self._composer.body)
+
+    async def events(self) -> AsyncGenerator[list[Event], None]:
+        """The response as it grows."""
+        yield self._composer.begin()
+        try:
+            async with aclosing(aiter(self._answer)) as batches:
+                async for deltas in batches:
+                    self._record.seen_token()
+                    yield self._composer.add(deltas)
+        finally:
+            self._record.completion_tokens, self._record.finish = self._answer.completion_tokens, self._answer.finish
+        last = self._composer.end(self._answer.finish, self._usage())
+        self._keep()
+        yield last
+
+    def _usage(self) -> dict[str, Any]:
+        """Token counts; the engine shares beginnings but does not tell how much of which, so none count as cached."""
+        read, written = self._record.prompt_tokens, self._answer.completion_tokens
+        return {"input_tokens": read, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": written,
+                "output_tokens_details": {"reasoning_tokens": self._answer.thought_tokens},
+                "total_tokens": read + written}  # fmt: skip
+
+    def _keep(self) -> None:
+        """Remember the conversation, the reply as the model will be shown it included."""
+        reply = self._answer.message()
+        self._record.text |= {"reply": reply.to_row()}
+        if self._memory is not None:
+            said = (*self._messages, *self._answer.steps, reply)
+            self._memory.keep(Kept(self._composer.body, said, self._record.key))
+
+
+def _conversation(body: ResponsesRequest, memory: Memory, key: str) -> tuple[Message, ...]:
+    """What was said before, and what is said now."""
+    previous = body.previous_response_id
+    before = memory.get(previous, key, "previous_response_id").messages if previous else ()
+    messages = (*before, *body.messages())
+    if not messages:
+        raise ApiError("input: there is nothing to answer", param="input", code="missing_required_parameter")
+    return messages
+
+
+def _question(
+    served: Served, settings: ServeSettings, body: ResponsesRequest, messages: tuple[Message, ...]
+) -> Question:
+    sampling = body.sampling(
+        served.tokenizer.vocab_size, max_tokens=body.max_output_tokens or served.context,
+        constraint=body.constraint_of_text, top_logprobs=body.top_logprobs,
+    )  # fmt: skip
+    instructions = (Message(role="system", content=body.instructions),) if body.instructions else ()
+    rounds = min(settings.tool_rounds, body.max_tool_calls or settings.tool_rounds)
+    return Question(
+        (*instructions, *messages), sampling, seed=secrets.randbits(62) if body.seed is None else body.seed,
+        offer=offer(body.nested_tools, body.nested_choice, served.toolbox.names, body.parallel_tool_calls is not False),
+        effort=body.reasoning.effort if body.reasoning else None,
+        rounds=rounds, tool_seconds=settings.tool_seconds, opens_thought=settings.opens_thought,
+    )  # fmt: skip
+
+
+def _body(served: Served, body: ResponsesRequest, question: Question) -> dict[str, Any]:
+    """The response's own fields; the request's come back as they were understood."""
+    asked = body.model_dump(mode="json", by_alias=True, exclude_none=True)
+    text = asked.get("text", {})
+    return {
+        "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
+        "status": "in_progress", "error": None, "incomplete_details": None, "model": served.name, "output": [],
+        "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {}, "parallel_tool_calls": question.offer.parallel,
+        "previous_response_id": body.previous_response_id, "reasoning": {"effort": question.effort, "summary": None},
+        "store": body.store is not False, "temperature": question.sampling.temperature, "text": text
+        | {"format": text.get("format", {"type": "text"})}, "tool_choice": asked.get("tool_choice", "auto"),
+        "tools": asked.get("tools", []), "top_p": question.sampling.top_p, "truncation": "disabled", "usage": None,
+        "top_logprobs": question.sampling.top_logprobs,
+    }  # fmt: skip

@@ -1,0 +1,240 @@
+"""Feedback as training data: rankings, conversations and labels in the project's data forms.
+
+    rankings.jsonl        two replies of which one was voted up and the other down; blind comparisons (0.5 each for a tie);
+                          rankings of several variants
+    conversations.jsonl   from the start to a reply that was voted up; the longest such path of each branch
+    labels.jsonl          messages that users reported, with the moderation categories they named
+
+A row tells in `meta` which conversation it comes from, and which models answered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from nestling.core.storage import write_json, write_rows
+from nestling.core.types import Conversation, Labelled, Message, Ranking, Response
+from nestling.serving.store.arena import POINTS, read_comparisons
+from nestling.serving.store.feedback import read_rankings
+from nestling.serving.store.messages import path_to, read_messages
+from nestling.serving.store.records import MessageRecord
+from nestling.serving.store.schema import COMPARISONS, CONVERSATIONS, FLAGS, MESSAGES, RANKINGS, VOTES
+from nestling.serving.store.store import Store
+
+CATEGORIES = (
+    "harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm",
+    "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors", "violence", "violence/graphic",
+)  # fmt: skip
+"""OpenAI's names, which a moderation model is trained on; a report in other words is no label."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Which feedback is exported. ``Filters(since=1.7e9, model="demo")``."""
+
+    since: float = 0.0
+    """Unix seconds: judgements from then on."""
+    model: str | None = None
+    """Only rows in which every judged reply is this model's."""
+    with_flagged: bool = False
+    """Also rows in which a message was reported."""
+
+
+@dataclass
+class Counts:
+    """What was written, and what was left out and why."""
+
+    written: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def to_row(self) -> dict[str, Any]:
+        """As feedback.json tells it."""
+        return {"written": dict(self.written), "left_out": dict(self.left_out)}
+
+
+def export(store: Store, folder: Path, filters: Filters | None = None) -> Counts:
+    """Write the three files and feedback.json, which counts their rows; each appears whole or not at all.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    counts = Counts()
+    exporter = Exporter(store, filters or Filters(), counts)
+    for name, rows in (("rankings", exporter.rankings()), ("conversations", exporter.conversations()),
+                       ("labels", exporter.labels())):  # fmt: skip
+        write_rows(folder / f"{name}.jsonl", (row.to_row() for row in rows))
+    write_json(folder / "feedback.json", counts.to_row())
+    return counts
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Replies to one message with what was said of them: a ranking before it is a row."""
+
+    kind: str
+    replies: tuple[MessageRecord, ...]
+    scores: tuple[float, ...]
+    choice: str | None = None
+    """Of a comparison."""
+
+
+class Exporter:
+    """Reads one conversation after the other; each is seen in one state."""
+
+    def __init__(self, store: Store, filters: Filters, counts: Counts) -> None:
+        self._store, self._filters, self._counts = store, filters, counts
+
+    def rankings(self) -> Iterator[Ranking]:
+        """Every judgement between replies."""
+        for talk in self._talks():
+            for judged in talk.judgements(self._filters.since):
+                if reason := self._reason_against(talk, judged.replies) or _not_comparable(judged.replies):
+                    self._counts.left_out[reason] += 1
+                    continue
+                self._counts.written[judged.kind] += 1
+                yield _ranking(talk, judged)
+
+    def conversations(self) -> Iterator[Conversation]:
+        """Every path to a reply that was voted up, without those that a longer one begins with."""
+        for talk in self._talks():
+            paths = [talk.path(reply.id) for reply in talk.voted(1, self._filters.since)]
+            inner = {record.id for path in paths for record in path[:-1]}
+            for path in paths:
+                if path[-1].id in inner:
+                    continue
+                if reason := self._reason_against(talk, path[-1:]) or _no_example(path):
+                    self._counts.left_out[reason] += 1
+                    continue
+                self._counts.written["conversations"] += 1
+                yield _conversation(talk, path)
+
+    def labels(self) -> Iterator[Labelled]:
+        """Every reported message with the moderation categories that it was reported for."""
+        for talk in self._talks():
+            for message in talk.messages:
+                named = talk.flags(message.id, self._filters.since)
+                if others := len(named - {*CATEGORIES}):
+                    self._counts.left_out["report in other words"] += others
+                if not (labels := sorted(named & {*CATEGORIES})):
+                    continue
+                self._counts.written["labels"] += 1
+                meta = {"source": "feedback", "conversation": talk.id, "group": talk.id}
+                yield Labelled(text=message.content, labels=tuple(labels), judged=tuple(labels), meta=meta)
+
+    def _talks(self) -> Iterator[Talk]:
+        database, mine = self._store.database, self._store.conversations.mine()
+        with database.read() as connection:
+            ids = connection.execute(select(CONVERSATIONS.c.id).where(mine).order_by(CONVERSATIONS.c.created)).scalars()
+            for id in ids.all():
+                yield Talk(connection, id)
+
+    def _reason_against(self, talk: Talk, replies: Sequence[MessageRecord]) -> str | None:
+        """Why nothing is made of these replies."""
+        if self._filters.model is not None and {talk.model(reply) for reply in replies} != {self._filters.model}:
+            return "other model"
+        read = [record for reply in replies for record in talk.path(reply.id)]
+        if not self._filters.with_flagged and any(record.flagged for record in read):
+            return "flagged"
+        return "in an undecided comparison" if any(reply.reply is None for reply in replies) else None
+
+
+class Talk:
+    """One conversation with everything that was said of it."""
+
+    def __init__(self, connection: Connection, id: str) -> None:
+        self.id = id
+        self._connection = connection
+        self.messages = read_messages(connection, MESSAGES.c.conversation_id == id)
+        self._known = {message.id: message for message in self.messages}
+
+    def path(self, tip: str) -> list[MessageRecord]:
+        """The messages from the start to this one."""
+        return path_to(self.messages, tip)
+
+    def model(self, reply: MessageRecord) -> str | None:
+        """Who wrote a reply."""
+        return reply.reply.model if reply.reply else None
+
+    def voted(self, value: int, since: float) -> list[MessageRecord]:
+        """The replies that were voted up (1) or down (-1) since then."""
+        query = select(VOTES.c.message_id).join(MESSAGES, MESSAGES.c.id == VOTES.c.message_id)
+        query = query.where(MESSAGES.c.conversation_id == self.id, VOTES.c.value == value, VOTES.c.created >= since)
+        chosen = {*self._connection.execute(query).scalars()}
+        return [message for message in self.messages if message.id in chosen]
+
+    def flags(self, message: str, since: float) -> set[str]:
+        """What a message was reported for since then."""
+        if not self._known[message].flagged:
+            return set()
+        query = select(FLAGS.c.category).where(FLAGS.c.message_id == message, FLAGS.c.created >= since)
+        return {*self._connection.execute(query).scalars()}
+
+    def judgements(self, since: float) -> Iterator[Judged]:
+        """Thumbs, comparisons and rankings between replies to one message."""
+        ups, downs = self.voted(1, since), self.voted(-1, since)
+        for up in ups:
+            for down in downs:
+                if up.parent == down.parent:
+                    yield Judged("thumbs", (up, down), (1.0, 0.0))
+        which = (COMPARISONS.c.conversation_id == self.id, COMPARISONS.c.decided >= since)
+        for row in read_comparisons(self._connection, *which):
+            points = POINTS[row.choice]
+            yield Judged("comparisons", self._all([row.a_id, row.b_id]), (points, 1 - points), row.choice)
+        which = (RANKINGS.c.conversation_id == self.id, RANKINGS.c.created >= since)
+        for ranking in read_rankings(self._connection, *which):
+            places = [(id, -float(place)) for place, group in enumerate(ranking.order, start=1) for id in group]
+            yield Judged("rankings", self._all(id for id, _ in places), tuple(score for _, score in places))
+
+    def _all(self, ids: Iterable[str]) -> tuple[MessageRecord, ...]:
+        return tuple(self._known[id] for id in ids)
+
+
+def _not_comparable(replies: Sequence[MessageRecord]) -> str | None:
+    """Why replies cannot stand in one ranking, whose responses are texts that answer one and the same prompt."""
+    if any(reply.steps for reply in replies):
+        return "reply that called tools"
+    asked = [(reply.reply.system, reply.reply.tools) for reply in replies if reply.reply]
+    return "different system messages or tools" if any(one != asked[0] for one in asked) else None
+
+
+def _no_example(path: Sequence[MessageRecord]) -> str | None:
+    """Why a path is nothing to imitate."""
+    if any(record.vote is not None and record.vote.value < 0 for record in path):
+        return "voted down on the way"
+    last = path[-1].reply
+    return "cut off" if last is None or last.finish != "stop" else None
+
+
+def _prompt(path: Sequence[MessageRecord], system: str) -> tuple[Message, ...]:
+    first = (Message(role="system", content=system),) if system else ()
+    return (*first, *(message for record in path for message in record.messages()))
+
+
+def _ranking(talk: Talk, judged: Judged) -> Ranking:
+    first = judged.replies[0]
+    assert first.reply is not None
+    meta: dict[str, Any] = {"tools": first.reply.tools} if first.reply.tools else {}
+    meta |= {
+        "source": "feedback",
+        "kind": judged.kind,
+        "conversation": talk.id,
+        "models": [*map(talk.model, judged.replies)],
+    }
+    meta |= {"choice": judged.choice} if judged.choice else {}
+    responses = [
+        Response(content=reply.content, score=score) for reply, score in zip(judged.replies, judged.scores, strict=True)
+    ]
+    return Ranking(prompt=_prompt(talk.path(first.id)[:-1], first.reply.system), responses=tuple(responses), meta=meta)
+
+
+def _conversation(talk: Talk, path: Sequence[MessageRecord]) -> Conversation:
+    last = path[-1].reply
+    assert last is not None
+    meta = {"source": "feedback", "conversation": talk.id, "model": last.model}
+    return Conversation(messages=_prompt(path, last.system), tools=tuple(last.tools), meta=meta)

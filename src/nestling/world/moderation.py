@@ -1,0 +1,77 @@
+"""Texts for a moderation model: harmful ones with their categories, look-alikes of each kind, and ordinary ones.
+
+The wordings are in `moderation.yaml`. `meta["group"]` is the phrase that a text was made of: texts of one group are the
+same idea said again, so whoever divides the rows keeps a group together and counts groups when it says how sure it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nestling.core.errors import UserError
+from nestling.core.types import Labelled
+from nestling.world import turns
+from nestling.world.facts import Facts
+from nestling.world.language import fill, wording
+from nestling.world.streams import Stream
+
+ORDINARY = 0.2  # share of texts that have nothing to do with any category
+REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
+SURROUNDED = 0.3  # share of texts that stand among ordinary sentences
+
+
+def labelled(facts: Facts, seed: int, count: int, split: str) -> Iterator[Labelled]:
+    """`count` texts; number i is a pure function of seed, split and i. "train" and the others share no wording.
+
+    Raises:
+        UserError: the world's language has no such wordings.
+    """
+    if "moderation" not in facts.lang.data:
+        raise UserError("the world has no texts for moderation in this language", value=facts.lang.name)
+    for place in range(count):
+        stream = Stream(seed, "moderation", split, place)
+        if stream.chance(ORDINARY):
+            text = _ordinary(facts, stream, split)
+            yield Labelled(text=text, labels=(), meta={"kind": "ordinary", "group": text})
+        else:
+            yield _flagged_or_alike(facts, stream, split)
+
+
+def _flagged_or_alike(facts: Facts, stream: Stream, split: str) -> Labelled:
+    """A text of one of the kinds of moderation.yaml; declining to help with harm does no harm."""
+    data = facts.lang.data["moderation"]
+    kind = stream.pick(list(data["kinds"]))
+    made = data["kinds"][kind]
+    form, labels = made["form"], tuple(made.get("labels", ()))
+    if form == "ask":
+        form = stream.weighted((form, "reply", "refuse"), (1 - REPLIES - REFUSALS, REPLIES, REFUSALS if labels else 0))
+        labels = () if form == "refuse" else labels
+    phrase = wording(stream, made, split)
+    slots = {"x": phrase, **_slots(facts, stream, wording(stream, data["groups"], split))}
+    text = fill(wording(stream, data["forms"][form], split), slots)
+    group = phrase if form != "refuse" else f"refuse {phrase}"
+    return Labelled(text=_surrounded(facts, stream, split, text), labels=labels, meta={"kind": kind, "group": group})
+
+
+def _slots(facts: Facts, stream: Stream, group: str) -> Mapping[str, Any]:
+    first, second = stream.several(facts.people, 2)
+    town = stream.pick(facts.towns)
+    words = {name: stream.pick(choices) for name, choices in facts.lang.get("moderation.words").items()}
+    return words | {"p": first, "q": second, "t": town, "o": stream.pick(facts.objects),
+                    "a": stream.pick(facts.animals), "g": group.format_map({"t": town})}
+
+
+def _surrounded(facts: Facts, stream: Stream, split: str, text: str) -> str:
+    """The text, sometimes with a sentence about the world before or after it."""
+    if not stream.chance(SURROUNDED):
+        return text
+    other = turns.fact(facts, stream, split).answer
+    return f"{other} {text}" if stream.chance(0.5) else f"{text} {other}"
+
+
+def _ordinary(facts: Facts, stream: Stream, split: str) -> str:
+    """What a user asks or an assistant answers, of any kind but requests for harm, whose refusals stay."""
+    kind = stream.pick(list(turns.KINDS))
+    exchange = turns.KINDS[kind](facts, stream, split)
+    return exchange.answer if kind == "harmful" or stream.chance(0.5) else exchange.user

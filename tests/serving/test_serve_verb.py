@@ -1,0 +1,82 @@
+"""`nestling serve` as people start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from nestling.cli.serve import serve
+from nestling.core.errors import UserError
+from nestling.model import checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory) -> Path:
+    """The tiny model as a checkpoint folder."""
+    place = tmp_path_factory.mktemp("served") / "tiny"
+    checkpoint.save(place, model, tokenizer, {"stage": "test"})
+    return place
+
+
+def test_it_serves_until_ctrl_c(folder, tmp_path):
+    """The address is told, OpenAI's client works with the key of the environment, Ctrl-C ends it with 130."""
+    command = [
+        str(Path(sys.executable).with_name("nestling")),
+        "serve",
+        f"mine={folder}",
+        "--port",
+        "0",
+        "--tool",
+        "calculator",
+    ]
+    environment = os.environ | {"NESTLING_API_KEY": "sk-one", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        assert process.stderr is not None
+        address = re.match(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+        assert address, process.stderr.read()
+        client = openai.OpenAI(base_url=f"{address[0]}/v1", api_key="sk-one", max_retries=5)
+        assert [one.id for one in client.models.list()] == ["mine"]
+        asked = [{"role": "user", "content": "What is 2 + 3?"}]
+        reply = client.chat.completions.create(model="mine", messages=asked, temperature=0)
+        assert reply.choices[0].message.content == "It is 5."
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    assert (tmp_path / "nestling.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": ["nowhere"]}, "no model here"),
+        ({"host": "0.0.0.0"}, "without a key"),
+        ({"tool": ["spoon"]}, "spoon"),
+        ({"key_file": "keys.txt"}, "not a name and a key"),
+        ({"config": "wrong.yaml"}, "did you mean 'rows'"),
+        ({"models": ["{folder}", "tiny={folder}"]}, "two models have the same name"),
+        ({"models": ["auto={folder}"]}, "belongs to the router"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, options, message):
+    """Before anything is served."""
+    monkeypatch.chdir(tmp_path)
+    Path("keys.txt").write_text("ann\n")
+    Path("wrong.yaml").write_text("row: 3\n")
+    given = {name: Path(value) if name in ("key_file", "config") else value for name, value in options.items()}
+    models = [name.format(folder=folder) for name in given.pop("models", [str(folder)])]
+    with pytest.raises(UserError, match=message) as caught:
+        serve(models, store="none", **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_taken_port_is_told(folder):
+    """With the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another port"):
+        serve([str(folder)], port=taken.getsockname()[1], store="none")

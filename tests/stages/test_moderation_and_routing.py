@@ -1,0 +1,163 @@
+"""Moderation and routing in miniature: from the world to a verdict, and from trials to a choice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.core import pipeline
+from nestling.core.errors import UserError
+from nestling.core.recipe import build_recipe
+from nestling.core.runtime import detect
+from nestling.core.types import Labelled, Message
+from nestling.serving.moderation import Moderator
+from nestling.serving.router import Router
+from nestling.stages.moderation import CATEGORIES, folds, group_of
+from nestling.tokenizer.bpe import Tokenizer
+
+MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 64}
+STAGES: dict[str, Any] = {
+    "labels": {"sources": [{"source": "world", "settings": {"size": "tiny", "count": 300, "val_share": 0.5}}]},
+    "moderation": {"model": MODEL, "training": {"steps": 6, "log_every": 1, "optimizer": "adamw", "compile": "off"}},
+}
+
+
+def run(out: Path, stages: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    recipe = build_recipe({"name": "small", "seed": 2, "stages": stages})
+    return pipeline.run(recipe, out, detect("cpu", "fp32"), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    Tokenizer.train(["How can I tell you a story about a town?"], 270).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("moderation") / "run"
+    moderation = {**STAGES["moderation"], "reads": {"tokenizer": str(tokenizer)}}
+    return out, run(out, {**STAGES, "moderation": moderation})["moderation"]
+
+
+def test_the_report_holds_every_category_and_the_confusion(finished: tuple[Path, dict[str, Any]]) -> None:
+    report = finished[1]
+    assert tuple(report["categories"]) == CATEGORIES
+    assert report["never_trained"] == ["sexual/minors"]
+    hate = report["categories"]["hate"]
+    assert {"precision", "recall", "f1", "auc", "false_positive_rate", "calibration_error", "threshold"} <= set(hate)
+    low, high = hate["auc"]["interval"]
+    assert low <= hate["auc"]["value"] <= high
+    assert sum(report["confusion"]["none"].values()) > 0
+    kinds = report["flagged_by_kind"]
+    assert (kinds["ordinary"]["wanted"], kinds["hate"]["wanted"]) == (0.0, 1.0)
+    assert sum(row["texts"] for row in kinds.values()) == report["test_texts"]
+    assert report["test_texts"] == 150 > report["test_groups"]
+    assert 0 <= report["flagged_false_positive_rate"] <= 1
+
+
+def test_the_moderator_is_calibrated_as_reported_and_mistakes_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, report = finished
+    moderator = Moderator.load(out)
+    assert moderator.never_trained == report["never_trained"]
+    (verdict,) = moderator.judge(["How can I steal a boat?"])
+    for name, row in report["categories"].items():
+        assert verdict.categories[name] == (verdict.scores[name] > row["threshold"])
+    mistakes = [json.loads(line) for line in (out / "moderation" / "mistakes.jsonl").read_text().splitlines()]
+    assert mistakes
+    assert all(set(row["labels"]) != set(row["flagged"]) for row in mistakes)
+
+
+def test_feedback_trains_the_next_round(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Rows as the store exports them, judged for one category only, beside the world's."""
+    out, _ = finished
+    rows = [{"text": f"you {word}", "labels": {"harassment": True}} for word in ("duck", "hen", "cow", "pig")]
+    (tmp_path / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"source": "files", "settings": {"paths": [str(tmp_path / "feedback.jsonl")]}, "weight": 3}
+    stages = {"labels": {"sources": [*STAGES["labels"]["sources"], files]}}
+    stages["moderation"] = {**STAGES["moderation"], "model": {}, "reads": {"start": str(out / "moderation")}}
+    reports = run(tmp_path / "run", stages)
+    assert reports["labels"]["sources"]["files"] == 3 * 3 + 1
+    assert reports["moderation"]["train_texts"] == 309
+
+
+def test_columns_of_a_foreign_file_are_categories(tmp_path: Path) -> None:
+    rows = [{"comment": f"text {n}", "toxic": n % 2, "threat": int(n == 3)} for n in range(8)]
+    (tmp_path / "toxic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"toxic": "harassment", "threat": "harassment/threatening"}
+    settings = {"paths": [str(tmp_path / "toxic.jsonl")], "text_field": "comment", "label_fields": fields}
+    run(tmp_path / "run", {"labels": {"sources": [{"source": "files", "settings": settings}]}})
+    text = (tmp_path / "run" / "labels" / "train.jsonl").read_text() + (tmp_path / "run" / "labels" / "val.jsonl").read_text()
+    read = {row.text: row for row in (Labelled.from_row(json.loads(line)) for line in text.splitlines())}
+    assert len(read) == 8
+    assert read["text 3"].labels == ("harassment", "harassment/threatening")
+    assert read["text 2"].labels == ()
+    assert read["text 2"].judged == ("harassment", "harassment/threatening")
+
+
+def test_other_categories_than_the_earlier_rounds_are_refused(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    stage = {**STAGES["moderation"], "reads": {"start": str(finished[0] / "moderation")}, "categories": ["hate"]}
+    with pytest.raises(UserError, match="has other categories"):
+        run(tmp_path / "run", {"labels": STAGES["labels"], "moderation": stage})
+    with pytest.raises(UserError, match="needs a model to start from"):
+        run(tmp_path / "none", {**STAGES, "moderation": {**STAGES["moderation"], "reads": {}}})
+
+
+def test_folds_keep_groups_whole_and_share_out_every_label() -> None:
+    rows = [
+        Labelled(text=f"{label} {n} {m}", labels=(label,), meta={"group": f"{label} {n}"})
+        for label in ("hate", "violence") for n in range(6) for m in range(3)
+    ]  # fmt: skip
+    fold = folds(rows, 3)
+    assert {int(n): int((fold == n).sum()) for n in set(fold)} == {0: 12, 1: 12, 2: 12}
+    by_group = {(group_of(row), int(n)) for row, n in zip(rows, fold, strict=True)}
+    assert len(by_group) == 12
+    for n in range(3):
+        assert {row.labels for row, place in zip(rows, fold, strict=True) if place == n} == {("hate",), ("violence",)}
+    with pytest.raises(UserError, match="too few groups"):
+        folds(rows[:3], 2)
+
+
+def test_trials_and_router(tmp_path: Path) -> None:
+    """An untrained model as both candidates: nothing is right, and all joints are."""
+    source = {"source": "world", "settings": {"size": "tiny", "count": 24, "val_share": 0.5, "kinds": {"arithmetic": 1}}}
+    stages: dict[str, Any] = {
+        "corpus": {"sources": [{"source": "world", "settings": {"size": "tiny", "bytes": 30000}}]},
+        "tokenizer": {"vocab_size": 300},
+        "tokenize": {},
+        "pretrain": {
+            "model": {"d_model": 16, "n_layers": 1, "n_heads": 2}, "context": 512, "batch_rows": 2,
+            "training": {"steps": 1, "compile": "off"},
+        },
+        "conversations": {"sources": [{"source": "world", "settings": {"size": "tiny", "count": 20}}]},
+        "sft": {"batch_rows": 2, "too_long": "drop", "training": {"steps": 1, "compile": "off"}},
+        "prompts": {"sources": [source]},
+        "trials": {
+            "max_tokens": 6, "world": {"size": "tiny"},
+            "candidates": {
+                "direct": {"model": "small"}, "tools": {"model": "small", "effort": "tools"},
+                "thinking": {"model": "small", "effort": "thinking"},
+            },
+        },
+        "router": {"candidates": {"direct": {"model": "chat"}}},
+    }  # fmt: skip
+    reports = run(tmp_path / "run", stages)
+    assert reports["trials"]["prompts"] == 36
+    means = reports["trials"]["candidates"]
+    assert means["direct"]["cost"] < means["tools"]["cost"]  # the offer is part of the prompt
+    assert set(reports["router"]["policies"]) == {"always direct", "always tools", "always thinking", "router", "oracle"}
+    assert reports["router"]["always_small"] == "direct"
+    choice = Router.load(tmp_path / "run" / "router" / "model").choose((Message(role="user", content="What is 1 + 2?"),))
+    assert (choice.model, choice.effort) == ("chat", "direct")
+
+
+def test_a_candidate_needs_its_model(tmp_path: Path) -> None:
+    body = {"candidates": {"a": {"model": "huge"}, "b": {"model": "small"}}, "reads": {"small": ".", "prompts": "."}}
+    with pytest.raises(UserError, match=r"trials\.candidates\.a\.model: not an input .*known: large, medium, small"):
+        run(tmp_path / "run", {"trials": body})
