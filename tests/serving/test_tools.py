@@ -51,7 +51,7 @@ def test_calls_are_streamed(client):
     assert deltas[0].function.name == "calculator"
     assert deltas[0].id
     assert all(delta.id is None and delta.function.name is None for delta in deltas[1:])
-    assert len(deltas) > 2
+    assert len(deltas) > 1  # in how many parts depends on how fast the client reads
     assert "".join(delta.function.arguments for delta in deltas) == whole.function.arguments
     assert finish == "tool_calls"
 

@@ -243,7 +243,7 @@ class _Exam:
         kinds: dict[str, list[int]] = {}
         for place, row in enumerate(self.texts.rows):
             kinds.setdefault(str(row.meta.get("kind", "")), []).append(place)
-        flagged, truth = self.flagged.any(axis=1), self.truth.any(axis=1)
+        flagged, truth = (np.atleast_1d(part.any(axis=1)) for part in (self.flagged, self.truth))
         return {
             kind: {"flagged": float(flagged[rows].mean()), "wanted": float(truth[rows].mean()), "texts": len(rows)}
             for kind, rows in sorted(kinds.items())
