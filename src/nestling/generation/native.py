@@ -28,7 +28,11 @@ from nestling.model.norms import LayerNorm, RMSNorm
 from nestling.model.positions import RotaryPositions
 
 SOURCE = "decode.cpp"
-OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-shared", "-fPIC")
+# Not -ffast-math: linked with it, a library turns off subnormal numbers for the whole process when it is loaded.
+OPTIONS = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+    "-freciprocal-math", "-fopenmp", "-shared", "-fPIC",
+)  # fmt: skip
 COMPILERS = ("g++", "clang++", "c++")
 LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}

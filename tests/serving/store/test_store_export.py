@@ -90,6 +90,19 @@ def test_the_longest_liked_path_is_an_example(store, talk, reply, exported):
     assert conversation.messages[4].tool_calls[0].arguments == {"expression": "2 + 2"}
 
 
+def test_a_good_beginning_is_kept_where_the_rest_was_cut_off(store, talk, reply, exported):
+    id, _, [first] = talk("Hi", "Hello!")
+    second = store.conversations.answer(
+        id, store.conversations.ask(id, "And?", first.id).id, reply("Th", finish="length")
+    )
+    third = store.conversations.answer(id, store.conversations.ask(id, "Go on", second.id).id, reply("That."))
+    for message in (first, second, third):
+        store.feedback.vote(message.id, UP)
+    _, [conversation], _, counts = exported()
+    assert [message.content for message in conversation.messages] == ["Hi", "Hello!"]
+    assert counts.left_out == {"cut off": 2}
+
+
 def test_what_nobody_should_learn_is_left_out_and_counted(store, talk, reply, exported):
     id, _, [disliked] = talk("Hi", "Go away.")
     later = store.conversations.answer(id, store.conversations.ask(id, "Sorry?", disliked.id).id, reply("Hello!"))

@@ -54,7 +54,7 @@ class Conversations:
         """Conversations, the latest first; with `search`, those whose title or messages contain these words.
 
         The search is `LIKE '%words%'`: it finds any part of a text in any script, Chinese too, and ignores case (in
-        SQLite that of A to Z only). It reads every message of the owner; see docs for what that costs.
+        SQLite that of A to Z only). It reads every message of the owner.
 
         Args:
             after: the `next` of the page before.

@@ -94,8 +94,7 @@ class Exporter:
         """Every judgement between replies."""
         for talk in self._talks():
             for judged in talk.judgements(self._filters.since):
-                if reason := self._reason_against(talk, judged.replies) or _not_comparable(judged.replies):
-                    self._counts.left_out[reason] += 1
+                if self._counted(self._reason_against(talk, judged.replies) or _not_comparable(judged.replies)):
                     continue
                 self._counts.written[judged.kind] += 1
                 yield _ranking(talk, judged)
@@ -103,16 +102,15 @@ class Exporter:
     def conversations(self) -> Iterator[Conversation]:
         """Every path to a reply that was voted up, without those that a longer one begins with."""
         for talk in self._talks():
-            paths = [talk.path(reply.id) for reply in talk.voted(1, self._filters.since)]
+            liked = [talk.path(reply.id) for reply in talk.voted(1, self._filters.since)]
+            paths = [
+                path for path in liked if not self._counted(self._reason_against(talk, path[-1:]) or _no_example(path))
+            ]
             inner = {record.id for path in paths for record in path[:-1]}
             for path in paths:
-                if path[-1].id in inner:
-                    continue
-                if reason := self._reason_against(talk, path[-1:]) or _no_example(path):
-                    self._counts.left_out[reason] += 1
-                    continue
-                self._counts.written["conversations"] += 1
-                yield _conversation(talk, path)
+                if path[-1].id not in inner:
+                    self._counts.written["conversations"] += 1
+                    yield _conversation(talk, path)
 
     def labels(self) -> Iterator[Labelled]:
         """Every reported message with the moderation categories that it was reported for."""
@@ -133,6 +131,12 @@ class Exporter:
             ids = connection.execute(select(CONVERSATIONS.c.id).where(mine).order_by(CONVERSATIONS.c.created)).scalars()
             for id in ids.all():
                 yield Talk(connection, id)
+
+    def _counted(self, reason: str | None) -> bool:
+        """Whether there is a reason to leave something out; counts it."""
+        if reason is not None:
+            self._counts.left_out[reason] += 1
+        return reason is not None
 
     def _reason_against(self, talk: Talk, replies: Sequence[MessageRecord]) -> str | None:
         """Why nothing is made of these replies."""
@@ -207,8 +211,7 @@ def _no_example(path: Sequence[MessageRecord]) -> str | None:
     """Why a path is nothing to imitate."""
     if any(record.vote is not None and record.vote.value < 0 for record in path):
         return "voted down on the way"
-    last = path[-1].reply
-    return "cut off" if last is None or last.finish != "stop" else None
+    return "cut off" if any(record.reply and record.reply.finish != "stop" for record in path) else None
 
 
 def _prompt(path: Sequence[MessageRecord], system: str) -> tuple[Message, ...]:
