@@ -30,6 +30,7 @@ VERBS = {
     "decode-lab": "decode_lab",
     "serve": "serve",
     "feedback": "feedback",
+    "export": "exporting",
     "verify-export": "exporting",
 }
 """Verb -> the file of cli/ whose function it is; every file of stages/ is a verb too."""
