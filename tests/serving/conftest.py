@@ -151,3 +151,15 @@ def service(serve: Serve) -> Service:
 @pytest.fixture(scope="session")
 def client(service: Service) -> openai.OpenAI:
     return service.client()
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """An engine that takes its time, so that a client on a busy machine still sees a stream piece by piece."""
+    step = Engine.step
+
+    def slowly(engine) -> None:
+        time.sleep(0.02)
+        step(engine)
+
+    monkeypatch.setattr(Engine, "step", slowly)

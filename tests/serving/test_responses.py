@@ -92,13 +92,13 @@ def test_functions(client):
     assert ask(client, input=history, tools=[CALCULATOR]).output_text == "It is 5."
 
 
-def test_a_streamed_call(client):
+def test_a_streamed_call(client, unhurried):
     """Arguments grow by deltas and are told whole at the end."""
     events = list(ask(client, input=SUM, tools=[CALCULATOR], stream=True))
     parts = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     [done] = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert "".join(parts) == done.arguments == '{"expression": "2 + 3"}'
-    assert parts  # how many depends on how fast the client reads
+    assert len(parts) > 1
 
 
 def test_a_call_can_be_forced(client):
