@@ -131,7 +131,7 @@ def test_store_elsewhere_and_errors(tmp_path: Path) -> None:
 
 
 def test_any_searcher_takes_the_place_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = tmp_path / "my_lab"
+    lab = tmp_path / "my_searchers"
     lab.mkdir()
     (lab / "__init__.py").write_text("")
     (lab / "web.py").write_text(
@@ -140,11 +140,11 @@ def test_any_searcher_takes_the_place_of_the_index(tmp_path: Path, monkeypatch: 
     )
     (lab / "empty.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with tools.Toolbox.open({"search": {"searcher": "my_lab.web"}}) as box:
+    with tools.Toolbox.open({"search": {"searcher": "my_searchers.web"}}) as box:
         assert box.run("search", {"query": "a", "count": 2}) == "[1] https://x/0\nA\n\n[2] https://x/1\nA"
     with pytest.raises(UserError, match="no function search"):
-        search.call("a", settings=Settings(searcher="my_lab.empty"))
-    for name in [name for name in sys.modules if name.startswith("my_lab")]:
+        search.call("a", settings=Settings(searcher="my_searchers.empty"))
+    for name in [name for name in sys.modules if name.startswith("my_searchers")]:
         del sys.modules[name]
 
 

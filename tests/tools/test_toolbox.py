@@ -177,7 +177,7 @@ def test_closing_ends_the_server() -> None:
     pytest.importorskip("mcp")
     with Toolbox.open({"mcp": {"toy": {"command": COMMAND}}}) as box:
         assert box.run("toy_add", {"a": 1}) == "2"
-        mine = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid,args"], capture_output=True, text=True)
+        mine = subprocess.run(["ps", "-ww", "--ppid", str(os.getpid()), "-o", "pid,args"], capture_output=True, text=True)
         running = [int(line.split()[0]) for line in mine.stdout.splitlines() if "mcp_server" in line]
         assert running
     for process in running:
