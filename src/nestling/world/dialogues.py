@@ -60,13 +60,13 @@ def _tools(stream: Stream, exchanges: list[Exchange]) -> tuple[str, ...]:
     if any(exchange.expression for exchange in exchanges):
         return (CALCULATOR,)
     plain = any(exchange.truth["kind"] == "arithmetic_plain" for exchange in exchanges)
-    return (CALCULATOR,) if not plain and stream.chance(0.2) else ()
+    return (CALCULATOR,) if not plain and stream.chance(0.3) else ()
 
 
 def system(facts: Facts, stream: Stream, tools: tuple[str, ...]) -> list[Message]:
-    """The system message: names the tools on offer; without tools often there is none."""
+    """The system message, often none; with tools it often speaks of them (the renderer lists them in any case)."""
     forms = facts.lang.get("chat.system")
-    if tools:
+    if tools and stream.chance(0.4):
         return [Message(role="system", content=forms["calculator"])]
     return [Message(role="system", content=stream.pick(forms["plain"]))] if stream.chance(0.4) else []
 

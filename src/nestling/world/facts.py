@@ -237,7 +237,7 @@ def _befriend(stream: Stream, people: list[Citizen]) -> None:
 
 
 def stranger(stream: Stream, facts: Facts, split: str) -> Person:
-    """Someone who is not in the world: names of two people of it put together, or a name that nobody there has.
+    """Someone who is not in the world: names of two people of it put together, or a name nobody there has (some odd).
 
     A name belongs to one split for good ("train", "val" or "evaluation"), whatever the seed.
     """
@@ -249,9 +249,17 @@ def stranger(stream: Stream, facts: Facts, split: str) -> Person:
             gender = stream.pick(("she", "he"))
             first = stream.pick(lang.get(f"names.fresh.{gender}"))
             last = stream.pick(lang.get("names.fresh.last")) if stream.chance(0.7) else last
-        name = f"{first} {last}"
+        name = _odd_name(stream, lang) if stream.chance(0.15) else f"{first} {last}"
         if name not in facts.by_name and bucket(name, 4) in buckets:
             return lang.person(name, gender)
+
+
+def _odd_name(stream: Stream, lang: Language) -> str:
+    """Two names of a fairy tale, of two syllables each."""
+    sounds = lang.get("names.odd")
+    parts = ["".join(stream.pick(sounds[sound]) for sound in ("onset", "vowel", "onset", "vowel", "coda")).capitalize()
+             for _ in range(2)]
+    return str(stream.pick(sounds["joined"]).format(*parts))
 
 
 def coined_name(stream: Stream, lang: Language, split: str) -> str:

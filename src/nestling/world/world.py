@@ -14,7 +14,7 @@ from nestling.core.types import Conversation, Document, Labelled, Problem, Promp
 from nestling.world import dialogues, documents, evaluation, moderation, problems, rankings, rubric
 from nestling.world.facts import Facts, make_facts
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
