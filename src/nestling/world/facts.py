@@ -236,8 +236,10 @@ def _befriend(stream: Stream, people: list[Citizen]) -> None:
             person.sibling, other.sibling = other, person
 
 
-def stranger(stream: Stream, facts: Facts, split: str) -> Person:
-    """Someone who is not in the world: names of two people of it put together, or a name nobody there has (some odd).
+def stranger(stream: Stream, facts: Facts, split: str, odd: float = 0.0) -> Person:
+    """Someone who is not in the world: names of two people of it put together, or a name nobody there has.
+
+    A share `odd` of them has a name out of a fairy tale.
 
     A name belongs to one split for good ("train", "val" or "evaluation"), whatever the seed.
     """
@@ -249,7 +251,7 @@ def stranger(stream: Stream, facts: Facts, split: str) -> Person:
             gender = stream.pick(("she", "he"))
             first = stream.pick(lang.get(f"names.fresh.{gender}"))
             last = stream.pick(lang.get("names.fresh.last")) if stream.chance(0.7) else last
-        name = _odd_name(stream, lang) if stream.chance(0.15) else f"{first} {last}"
+        name = _odd_name(stream, lang) if stream.chance(odd) else f"{first} {last}"
         if name not in facts.by_name and bucket(name, 4) in buckets:
             return lang.person(name, gender)
 

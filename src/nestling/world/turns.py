@@ -75,7 +75,7 @@ def fact(facts: Facts, stream: Stream, split: str) -> Exchange:
 
 def unknown(facts: Facts, stream: Stream, split: str) -> Exchange:
     """A question on someone who does not exist; the names of the splits are disjoint."""
-    nobody = stranger(stream, facts, split)
+    nobody = stranger(stream, facts, split, odd=0.15)
     attribute = stream.pick(ATTRIBUTES["people"])
     form = facts.lang.get("facts.people")[attribute]
     chat, slots = facts.lang.get("chat.unknown"), {"u": nobody}
