@@ -16,8 +16,10 @@ from nestling.core import pipeline
 from nestling.core.recipe import Recipe, load_recipe
 from nestling.core.runtime import detect
 from nestling.core.storage import content_hash
+from nestling.core.types import Ranking
 from nestling.model.locate import checkpoint_folder
 from nestling.report.build import build_report
+from nestling.world import World
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 
@@ -78,3 +80,21 @@ def test_utilisation_is_a_share(finished: Path) -> None:
     rows = [json.loads(line) for line in (finished / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     shares = [row["utilisation"] for row in rows] + [build_report(finished)["stages"]["pretrain"]["utilisation"]]
     assert all(0 < share <= 1 for share in shares)
+
+
+def test_comparisons_hold_given_and_sampled_replies_marked_by_the_rubric(finished: Path) -> None:
+    world = World.generate(seed=3, size="tiny")
+    given, compared = (
+        [Ranking.from_row(json.loads(line)) for line in (finished / stage / "train.jsonl").read_text().splitlines()]
+        for stage in ("rankings", "comparisons")
+    )
+    assert len(compared) == len(given)
+    sampled = 0
+    for before, after in zip(given, compared, strict=True):
+        texts = [response.content for response in after.responses]
+        kept = list(dict.fromkeys(response.content for response in before.responses[:3]))
+        assert texts[: len(kept)] == kept
+        assert len(texts) == len(set(texts)) <= 5
+        assert after.meta["noise_free"] == [world.score(after.meta, text).total for text in texts]
+        sampled += len(texts) - len(kept)
+    assert sampled == json.loads((finished / "comparisons" / "stage.json").read_text())["report"]["train_sampled"] > 0

@@ -7,7 +7,7 @@ A labeller sees the rubric's truth through personal weights (disagreement) and a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nestling.core.types import Message, PromptRow, Ranking, Response
@@ -62,11 +62,17 @@ def rankings(facts: Facts, seed: int, count: int, split: str, noise: float = 0.1
         stream = Stream(seed, "ranking", split, place)
         messages, exchange = situation(facts, stream, split, SHARES)
         texts = candidates(facts, stream, exchange)
-        weights = _labeller(stream, disagreement)
-        marks = [_mark(stream, rubric.score(facts, exchange.truth, text, weights).total, noise) for text in texts]
-        exact = [rubric.score(facts, exchange.truth, text).total for text in texts]
-        responses = tuple(Response(content=text, score=mark) for text, mark in zip(texts, marks, strict=True))
-        yield Ranking(prompt=tuple(messages), responses=responses, meta={**exchange.truth, "noise_free": exact})
+        yield labelled(facts, stream, PromptRow(prompt=tuple(messages), meta=exchange.truth), texts, noise, disagreement)
+
+
+def labelled(facts: Facts, stream: Stream, row: PromptRow, texts: Sequence[str], noise: float,
+             disagreement: float) -> Ranking:
+    """These answers to a prompt as one labeller marks them; `row.meta` is the truth."""
+    weights = _labeller(stream, disagreement)
+    marks = [_mark(stream, rubric.score(facts, row.meta, text, weights).total, noise) for text in texts]
+    exact = [rubric.score(facts, row.meta, text).total for text in texts]
+    responses = tuple(Response(content=text, score=mark) for text, mark in zip(texts, marks, strict=True))
+    return Ranking(prompt=row.prompt, responses=responses, meta={**row.meta, "noise_free": exact})
 
 
 def _labeller(stream: Stream, disagreement: float) -> tuple[float, float, float]:

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 from nestling.world import dialogues, documents, evaluation, moderation, problems, rankings, rubric
 from nestling.world.facts import Facts, make_facts
+from nestling.world.streams import Stream
 
 VERSION = 2
 
@@ -55,6 +56,12 @@ class World:
                  disagreement: float = 0.2) -> Iterator[Ranking]:
         """Ranked answers for reward models; `meta["noise_free"]` has the exact scores in order."""
         return rankings.rankings(self.facts, seed, count, split, noise, disagreement)
+
+    def labelled_answers(self, row: PromptRow, texts: Sequence[str], seed: int, noise: float = 0.1,
+                         disagreement: float = 0.2) -> Ranking:
+        """Anybody's answers to a prompt of this world, marked by a labeller as in `rankings`."""
+        stream = Stream(seed, "labeller", *(message.content for message in row.prompt))
+        return rankings.labelled(self.facts, stream, row, texts, noise, disagreement)
 
     def prompts(self, seed: int, count: int, split: str = "train",
                 kinds: Mapping[str, float] | None = None) -> Iterator[PromptRow]:
