@@ -2,8 +2,10 @@
 
     OMP_WAIT_POLICY=PASSIVE taskset -c 0,1 python benchmarks/soak.py --minutes 60
 
-24 clients ask all the time, streamed or not; two of three close their connection after a random part of the answer. Memory
-of the service (resident, of /proc) is told every half minute; at the end all texts must be done and all rows free.
+24 clients ask all the time for completions, chats and responses, streamed or not; two of three close their connection
+after a random part of the answer. Responses go into a store. Memory of the service (resident, of /proc) is told every half
+minute, at the end its slope after the first third. Then no text may be open, and the engine must have come to rest, which
+it does not while a row of the batch is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
+from statistics import linear_regression, mean
 from urllib.request import urlopen
 
 from serving import body, free_port, make_model, prompts, server
@@ -30,21 +32,35 @@ CLIENTS, EVERY = 24, 30.0
 async def visitor(port: int, draw: random.Random, until: float, counts: dict[str, int]) -> None:
     """Asks again and again, and often does not wait for the answer."""
     while time.monotonic() < until:
-        asked = body(draw.choice(prompts(40)), stream=draw.random() < 0.7, n=draw.choice([1, 1, 2]), temperature=1)
+        path, asked = question(draw)
         content = json.dumps(asked).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         host = "Host: 127.0.0.1\r\nContent-Type: application/json"
-        head = f"POST /v1/completions HTTP/1.1\r\n{host}\r\nContent-Length: {len(content)}"
+        head = f"POST {path} HTTP/1.1\r\n{host}\r\nContent-Length: {len(content)}"
         writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + content)
         patience = draw.choice([0.0, draw.random() * 0.5, 60.0])
         try:
             async with asyncio.timeout(patience):
+                status = (await reader.readline()).split(b" ", 2)[1:2]
                 while await reader.read(65536):
                     continue
-            counts["whole"] += 1
+            counts["whole" if status == [b"200"] else "refused"] += 1
         except TimeoutError:
             counts["vanished"] += 1
         writer.close()
+
+
+def question(draw: random.Random) -> tuple[str, dict[str, object]]:
+    """(path, body) of one of the three ways to ask."""
+    more: dict[str, object] = {"stream": draw.random() < 0.7, "temperature": 1}
+    words = " ".join(str(draw.randint(0, 30)) for _ in range(8))
+    match draw.choice(["completions", "completions", "chat", "responses"]):
+        case "chat":
+            said = [{"role": "user", "content": words}]
+            return "/v1/chat/completions", {"model": "bench", "messages": said, "max_tokens": 96, **more}
+        case "responses":
+            return "/v1/responses", {"model": "bench", "input": words, "max_output_tokens": 96, **more}
+    return "/v1/completions", body(draw.choice(prompts(40)), n=draw.choice([1, 1, 2]), **more)
 
 
 def resident(port: int) -> float:
@@ -72,28 +88,42 @@ def main() -> None:
             "--port",
             str(port),
         ]
-        with server([*command, "--store", "none"], port):
+        with server([*command, "--store", f"{place}/soak.db"], port):
             weights = asyncio.run(soak(port, options.minutes * 60))
             time.sleep(2)
-            metrics = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-    left = float(re.search(r'nestling_open_texts\{model="bench"\} (\S+)', metrics)[1])  # type: ignore[index]
-    third = max(len(weights) // 3, 1)
-    early, late = mean(weights[third : 2 * third] or weights), mean(weights[2 * third :] or weights)
-    print(
-        f"memory: {early:.1f} MiB in the second third, {late:.1f} in the last ({late / early - 1:+.1%}); texts left: {left:.0f}"
-    )
+            left, steps = figure(port, "open_texts"), figure(port, "engine_steps")
+            time.sleep(3)
+            turning = figure(port, "engine_steps") - steps
+    tell(weights, left, turning)
 
 
-async def soak(port: int, seconds: float) -> list[float]:
-    """MiB at every measurement."""
+def figure(port: int, name: str) -> float:
+    """One of the service's own figures."""
+    metrics = urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return float(re.search(rf'nestling_{name}\{{model="bench"\}} (\S+)', metrics)[1])  # type: ignore[index]
+
+
+def tell(weights: list[tuple[float, float]], left: float, turning: float) -> None:
+    """The last lines."""
+    calm = weights[len(weights) // 3 :]
+    half = len(calm) // 2
+    early, late = mean(size for _, size in calm[:half] or calm), mean(size for _, size in calm[half:])
+    slope = linear_regression(*zip(*calm, strict=True)).slope * 3600 if len(calm) > 1 else 0.0
+    print(f"memory: {early:.1f} MiB in the second third, {late:.1f} in the last ({late / early - 1:+.1%}), "
+          f"{slope:+.1f} MiB per hour after the first third")  # fmt: skip
+    print(f"texts left open: {left:.0f}; engine at rest: {'yes' if turning == 0 else 'no, a row is still taken'}")
+
+
+async def soak(port: int, seconds: float) -> list[tuple[float, float]]:
+    """(seconds, MiB) at every measurement."""
     until = time.monotonic() + seconds
-    counts = {"whole": 0, "vanished": 0}
+    counts = {"whole": 0, "vanished": 0, "refused": 0}
     visitors = [asyncio.create_task(visitor(port, random.Random(n), until, counts)) for n in range(CLIENTS)]
-    weights: list[float] = []
+    weights: list[tuple[float, float]] = []
     while time.monotonic() < until:
         await asyncio.sleep(min(EVERY, seconds / 9))
-        weights.append(resident(port))
-        print(f"{seconds - until + time.monotonic():6.0f} s {weights[-1]:8.1f} MiB  {counts}", flush=True)
+        weights.append((seconds - until + time.monotonic(), resident(port)))
+        print("{:6.0f} s {:8.1f} MiB ".format(*weights[-1]), counts, flush=True)
     await asyncio.gather(*visitors)
     return weights
 

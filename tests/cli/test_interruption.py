@@ -91,16 +91,6 @@ def test_kill_9_at_every_hand_over_ends_in_the_same_weights(
     same_as(finished, out)
 
 
-def test_kill_9_at_random_times_ends_in_the_same_weights(nestling: CommandLine, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    words = ("run", TINY, "--out", out, *CALM)
-    for after in (0.3, 0.9, 0.5, 1.3, 0.7, 1.1, 0.4, 1.7):
-        nestling(*words, signal=signal.SIGKILL, after=after)
-    done = nestling(*words)
-    assert done.code == 0, done.err
-    same_as(finished, out)
-
-
 def same_as(one: Path, other: Path) -> None:
     for stage in ("pretrain", "sft", "reward", "ppo"):
         weights = [content_hash(run / stage / "model" / "model.safetensors") for run in (one, other)]

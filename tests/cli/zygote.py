@@ -5,7 +5,7 @@ The child is what `nestling` is: its own process with its own exit code and stre
 
     {"words": ["run", "demo"], "signal": 9, "when": "runs/demo/corpus/*.tmp", "after": 0.5, "largest_file": 50000}
 
-    signal        sent to the child once a file matches the pattern `when`, or `after` seconds from its start
+    signal        sent to the child `delay` seconds after a file matches the pattern `when`, or `after` seconds from its start
     largest_file  bytes; a longer file can't be written, as on a full disk
 """
 
@@ -48,6 +48,7 @@ def wait(child: int, order: dict[str, Any]) -> int:
             return os.waitstatus_to_exitcode(status)
         late = time.monotonic() - started >= order.get("after", float("inf"))
         if waiting and (late or ("when" in order and glob.glob(order["when"], include_hidden=True))):
+            time.sleep(order.get("delay", 0))
             os.kill(child, order["signal"])
             waiting = False
         time.sleep(0.001)

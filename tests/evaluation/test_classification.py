@@ -121,6 +121,15 @@ def test_confusion_of_several_labels() -> None:
     }
 
 
+def test_reliability_by_hand() -> None:
+    scores, truth = np.array([0.05, 0.15, 0.17, 1.0]), np.array([False, True, False, True])
+    rows = c.reliability(scores, truth)
+    assert [(row["share"], row["n"]) for row in rows] == [(0.0, 1), (0.5, 2), (1.0, 1)]
+    assert [row["score"] for row in rows] == pytest.approx([0.05, 0.16, 1.0])
+    gaps = [abs(row["score"] - row["share"]) * row["n"] for row in rows]
+    assert sum(gaps) / 4 == pytest.approx(c.calibration_error(scores, truth))
+
+
 def test_the_error_of_a_perfect_forecast_is_sampling_noise() -> None:
     scores = STREAM.random(50_000)
     assert c.calibration_error(scores, STREAM.random(50_000) < scores) < 0.01

@@ -40,6 +40,18 @@ def test_one_for_all() -> None:
     assert low < row["gain"] < high
 
 
+def test_chance_and_the_best_coin() -> None:
+    """A third candidate that is worse than a coin between the others is left alone."""
+    assert (TABLE.random().accuracy, TABLE.random().cost) == ((1.5 + 2.25) / 8, 11.5 / 2)
+    coin = TABLE.coin(3.2)  # a fifth of the way from 1.5 to 10
+    assert coin.shares == pytest.approx({"small": 0.8, "large": 0.2})
+    assert coin.accuracy == pytest.approx(1.5 / 4 + 0.2 * 0.75 / 4)
+    assert coin.cost == pytest.approx(3.2)
+    three = Table(("small", "poor", "large"), np.array([[0.0, 0.1, 1.0]]), np.array([[1.0, 2.0, 3.0]]))
+    assert three.coin(2.0).shares == {"small": 0.5, "large": 0.5}
+    assert (three.coin(0.0).shares, three.coin(9.0).shares) == ({"small": 1.0}, {"large": 1.0})
+
+
 def test_the_margin_buys_cheapness() -> None:
     success, costs = np.array([[0.6, 0.9], [0.85, 0.9], [0.9, 0.2]]), np.array([1.0, 5.0])
     assert choose(success, costs, 0.0).tolist() == [1, 1, 0]

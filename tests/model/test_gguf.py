@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,59 @@ def test_a_way_of_cutting_that_llama_cpp_lacks_is_refused(make: Any, tmp_path: P
     with pytest.raises(UserError, match="no name for the way"):
         export_gguf(scrambled(make(), "llama"), tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def sentencepiece(folder: Path, **changes: Any) -> Tokenizer:
+    """A tokenizer as Llama 2's, from a small model of SentencePiece's."""
+    library = pytest.importorskip("sentencepiece")
+    prefix = str(folder / "tokenizer")
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    settings = {"model_type": "bpe", "vocab_size": 340, "hard_vocab_limit": False, "minloglevel": 2, **plain, **changes}
+    library.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 5), model_prefix=prefix, **settings)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**names, "chat_template": LLAMA2}))
+    return Tokenizer.load(folder)
+
+
+LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}\
+{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_cuts_text_as_sentencepiece_does(prefix: bool, tmp_path: Path) -> None:
+    tokenizer = sentencepiece(tmp_path, add_dummy_prefix=prefix)
+    export_gguf(scrambled(tokenizer, "llama", vocab_size=tokenizer.vocab_size + 4), tmp_path / "m.gguf")
+    theirs = open_llama(tmp_path / "m.gguf")
+    texts = (TEXT[0], " 1234567 a\n\n\n b", "  two", "we'Ve\r\n\tx", "🦊 e\u0301 \x07 …。！ ٣", "<|x|> [INST]", " ", "")
+    for text in texts:
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
+        assert ids == tokenizer.encode(text), text
+    assert (theirs.token_eos(), theirs.token_bos()) == (tokenizer.id("</s>"), tokenizer.id("<s>"))
+    talk = [Message(role="user", content="The cat?"), Message(role="assistant", content="No."), Message(role="user", content="x")]
+    ids = render(tokenizer, talk, prompt=True).ids
+    text = "<s>[INST] The cat? [/INST] No. </s><s>[INST] x [/INST]"
+    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
+    assert theirs.metadata["tokenizer.chat_template"] == LLAMA2
+    assert theirs.metadata["tokenizer.ggml.add_bos_token"] == "true"
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    kinds = dict(zip(tokens, reader.get_field("tokenizer.ggml.token_type").contents(), strict=True))
+    assert [kinds[name] for name in ("<unk>", "<s>", "<0x41>", "▁")] == [2, 3, 6, 1]
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
+def test_a_sentencepiece_model_that_llama_cpp_lacks_is_refused(changes: Any, tmp_path: Path) -> None:
+    tokenizer = sentencepiece(tmp_path, **changes)
+    with pytest.raises(UserError, match="llama.cpp has no form for SentencePiece models of this kind"):
+        export_gguf(scrambled(tokenizer, "llama"), tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("*gguf*"))
+
+
+def test_merges_that_scores_cannot_say_are_refused(tmp_path: Path) -> None:
+    """llama.cpp would also join "a" and "bc" where only "ab" and "c" are listed."""
+    tokenizer = sentencepiece(tmp_path)
+    model = tokenizer.definition["model"]
+    left, right = next(pair for pair in model["merges"] if len(pair[0]) > 1)
+    model["vocab"][left[1:] + right] = tokenizer.vocab_size
+    with pytest.raises(UserError, match="the merges of this tokenizer"):
+        export_gguf(scrambled(tokenizer, "llama"), tmp_path / "m.gguf")

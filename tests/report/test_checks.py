@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from nestling.report.checks import Finding, find_wrongs, smooth
+from nestling.report.checks import Finding, find_wrongs
 from nestling.report.figures import MOST_POINTS, Curve, Plot, draw, thin
 from nestling.report.records import Run, StageRecord, read_run
+from nestling.training.health import smooth
 
 
 def findings(stage: StageRecord) -> str:

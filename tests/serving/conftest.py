@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 
 import openai
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
+from taught import Service, running, say, teach
 
-from nestling.core.types import Message, ToolCall
+from nestling.core.types import ToolCall
 from nestling.generation.engine import Engine
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder, build
@@ -37,10 +34,6 @@ LINES = {
     SUM: "Five, I think.",
 }
 THOUGHT, CONCLUSION = "it is easy and quick", "Done."
-
-
-def say(role: str, content: str = "", *calls: ToolCall) -> Message:
-    return Message(role=role, content=content, tool_calls=calls)
 
 
 @pytest.fixture(scope="session")
@@ -74,48 +67,8 @@ def model(tokenizer: Tokenizer) -> Decoder:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         made = build(DecoderConfig(vocab_size=tokenizer.vocab_size, d_model=64, n_layers=2, n_heads=4, context=CONTEXT))
-        talks = lessons(tokenizer)
-        width = max(map(len, talks))
-        ids = torch.tensor([talk + [-100] * (width - len(talk)) for talk in talks])
-        optimizer = torch.optim.AdamW(made.parameters(), lr=4e-3)
-        for _ in range(150):
-            logits = made(ids[:, :-1].clamp_min(0))
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        teach(made, lessons(tokenizer), steps=150)
     return made.eval()
-
-
-@dataclass(frozen=True)
-class Service:
-    """A running server."""
-
-    url: str
-    app: FastAPI
-    driver: Driver
-    server: uvicorn.Server
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        """The official client; it does not try again, so that an error is seen."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-@contextmanager
-def running(app: FastAPI, driver: Driver) -> Iterator[Service]:
-    """uvicorn in a thread, on a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        port = listener.getsockname()[1]
-        yield Service(f"http://127.0.0.1:{port}", app, driver, server)
-        server.should_exit = True
-        thread.join(timeout=10)
-        assert not thread.is_alive()
 
 
 Serve = Callable[..., Service]
@@ -125,12 +78,13 @@ Serve = Callable[..., Service]
 def make_app(model: Decoder, tokenizer: Tokenizer) -> Callable[..., tuple[FastAPI, Driver]]:
     """`make_app(rows=…, …)`: an app around the model "tiny"; settings by name, and what `create_app` takes besides."""
 
-    def make(store=None, moderator=None, router=None, **settings) -> tuple[FastAPI, Driver]:
+    def make(store=None, moderator=None, router=None, runs=None, **settings) -> tuple[FastAPI, Driver]:
         chosen = ServeSettings(**{"flush_seconds": 0} | settings)
         engine = Engine(model, tokenizer, rows=chosen.rows, capacity=chosen.capacity, frozen=True)
         driver = Driver(engine, max_requests=chosen.max_requests, flush_seconds=chosen.flush_seconds)
         served = Served("tiny", driver, tokenizer, {"stage": "test"}, 1, Toolbox.open(chosen.tools))
-        return create_app(chosen, Models([served]), store, moderator=moderator, router=router), driver
+        app = create_app(chosen, Models([served]), store, moderator=moderator, router=router, runs=runs)
+        return app, driver
 
     return make
 

@@ -7,6 +7,8 @@ import json
 import openai
 import pytest
 
+from nestling.serving.store.store import Store
+
 SUM = "What is 2 + 3?"
 CALCULATOR = {"type": "function", "name": "calculator", "parameters": {"type": "object"}, "strict": False}
 
@@ -147,3 +149,37 @@ def test_what_is_not_there_is_refused(client, asked):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **asked)
     assert caught.value.param.split("[")[0] == next(iter(asked))
+
+
+def test_a_conversation_outlives_the_service(serve, tmp_path):
+    """With a store, another service goes on from the id; only for the key that made the response."""
+    keys = [{"name": "ann", "secret": "a"}, {"name": "bob", "secret": "b"}]
+    store = Store.open(tmp_path / "kept.db")
+    first = ask(serve(store=store, keys=keys).client("a"))
+    later = serve(store=Store.open(tmp_path / "kept.db"), keys=keys)
+    second = ask(later.client("a"), input="Count.", previous_response_id=first.id)
+    spoken = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": first.output_text},
+              {"role": "user", "content": "Count."}]  # fmt: skip
+    assert second.usage.input_tokens == ask(later.client("a"), input=spoken).usage.input_tokens
+    assert later.client("a").responses.retrieve(first.id).output_text == first.output_text
+    with pytest.raises(openai.NotFoundError):
+        later.client("b").responses.retrieve(first.id)
+    with pytest.raises(openai.NotFoundError):
+        later.client("b").responses.delete(first.id)
+    later.client("a").responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        later.client("a").responses.retrieve(first.id)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "store"])
+def test_the_latest_responses_of_each_key_stay(serve, tmp_path, kept):
+    """One key's responses push out its own oldest ones and nobody else's."""
+    keys = [{"name": "ann", "secret": "a"}, {"name": "bob", "secret": "b"}]
+    store = Store.open(tmp_path / "kept.db") if kept else None
+    service = serve(store=store, keys=keys, kept_responses=2)
+    of_bob = ask(service.client("b")).id
+    of_ann = [ask(service.client("a")).id for _ in range(3)]
+    assert service.client("b").responses.retrieve(of_bob).id == of_bob
+    assert [service.client("a").responses.retrieve(name).id for name in of_ann[1:]] == of_ann[1:]
+    with pytest.raises(openai.NotFoundError):
+        service.client("a").responses.retrieve(of_ann[0])

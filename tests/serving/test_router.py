@@ -9,8 +9,9 @@ import pytest
 
 from nestling.core.errors import UserError
 from nestling.core.types import Message
-from nestling.evaluation.routing import Candidate, Outcome, Table, Trial
-from nestling.serving.router import Router, features, fit
+from nestling.evaluation.classification import calibration_error
+from nestling.evaluation.routing import Candidate, Outcome, Table, Trial, choose
+from nestling.serving.router import Learning, Router, features, fit, regress
 
 CANDIDATES = {
     "direct": Candidate(model="small"),
@@ -40,7 +41,7 @@ def trials(count: int, seed: int) -> list[Trial]:
 @pytest.fixture(scope="module")
 def router() -> Router:
     rows = trials(300, 0)
-    return fit([row.prompt for row in rows], Table.of(rows, list(CANDIDATES)), CANDIDATES, margin=0.1)
+    return fit([row.prompt for row in rows], Table.of(rows, list(CANDIDATES)), CANDIDATES, Learning(margin=0.1))
 
 
 def test_it_takes_the_cheapest_that_can(router: Router) -> None:
@@ -92,14 +93,51 @@ def test_the_last_question_and_what_came_before_are_told_apart() -> None:
     assert features([()], 64)[0].sum() == 1  # no message, nothing but the constant
 
 
-def test_the_fit_is_the_penalised_optimum() -> None:
+def test_the_regression_is_the_penalised_optimum() -> None:
     """The gradient vanishes at the weights, computed here in float64 from the formula."""
     rows = trials(60, 3)
-    table = Table.of(rows, ["direct"])
-    prompts = [row.prompt for row in rows]
-    found = fit(prompts, table, {"direct": CANDIDATES["direct"]}, margin=0.0, size=128, penalty=0.01)
-    inputs = features(prompts, 128).astype(np.float64)
-    p = 1 / (1 + np.exp(-inputs @ found.weights.astype(np.float64)))
-    penalty = 0.01 * found.weights.astype(np.float64)
+    scores = Table.of(rows, ["direct", "tools"]).scores
+    inputs = features([row.prompt for row in rows], 128)
+    weights = regress(inputs, scores, 0.01)
+    p = 1 / (1 + np.exp(-inputs @ weights))
+    penalty = 0.01 * weights
     penalty[-1] = 0
-    assert np.abs(inputs.T @ (p - table.scores) / len(rows) + penalty).max() < 1e-4
+    assert np.abs(inputs.T @ (p - scores) / len(rows) + penalty).max() < 1e-4
+
+
+def noisy(count: int, seed: int) -> tuple[list[tuple[Message, ...]], Table]:
+    """The small model is right with a chance that one word tells; the large one always is, and costs ten times as much."""
+    stream = np.random.default_rng(seed)
+    chances = {"easy": 0.9, "middling": 0.6, "hard": 0.1}
+    words = stream.choice([*chances], count)
+    filler = stream.choice([*"bcdfghjklmnpqrstvwxyz"], (count, 4))  # words that say nothing, which are learnt by heart
+    prompts = [user(f"A {word} one: {' '.join(row)}") for word, row in zip(words, filler, strict=True)]
+    right = stream.random(count) < [chances[word] for word in words]
+    scores = np.stack([right, np.ones(count)], axis=1)
+    return prompts, Table(("direct", "large"), scores, np.tile([1.0, 10.0], (count, 1)))
+
+
+def test_predictions_are_calibrated_on_prompts_it_has_not_seen() -> None:
+    """Regressions alone learn by heart which prompts were answered, and are far too sure."""
+    prompts, table = noisy(400, 5)
+    candidates = {name: CANDIDATES[name] for name in table.names}
+    router = fit(prompts, table, candidates, Learning(features=2048, penalty=1e-6))
+    fresh, outcomes = noisy(600, 6)
+    alone = features(fresh, 2048) @ regress(features(prompts, 2048), table.scores, 1e-6)
+    truth = outcomes.scores[:, 0] > 0.5
+    errors = [calibration_error(p[:, 0], truth) for p in (1 / (1 + np.exp(-alone)), router.success(fresh))]
+    assert errors[1] < 0.1 < errors[0]
+    assert np.all(router.success(fresh)[:, 1] > 0.97)  # what was never wrong stays a number
+
+
+def test_the_margin_is_chosen_for_what_it_may_cost() -> None:
+    """As accurate as the best candidate but for the loss that is allowed; the more may be lost, the cheaper."""
+    prompts, table = noisy(400, 7)
+    candidates = {name: CANDIDATES[name] for name in table.names}
+    routers = [fit(prompts, table, candidates, Learning(loss=loss)) for loss in (0.0, 0.05, 0.3)]
+    assert routers[0].margin <= routers[1].margin < routers[2].margin
+    fresh, outcomes = noisy(400, 8)
+    policies = [outcomes.replay(choose(r.success(fresh), r.costs, r.margin)) for r in routers]
+    assert policies[2].cost < 0.7 * policies[0].cost
+    assert policies[1].accuracy > 1 - 0.05 - 0.05
+    assert fit(prompts, table, candidates, Learning(margin=0.25)).margin == 0.25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import pytest
 
@@ -11,11 +12,13 @@ from nestling.core.types import Message, PromptRow
 from nestling.generation.chat import replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
+from nestling.generation.session import ChatSession
 from nestling.serving.answering import Answer, Question
 from nestling.serving.driver import Driver
 from nestling.serving.models import Served
 from nestling.serving.protocol.tools import Offer
-from nestling.tools import Toolbox
+from nestling.tools import Toolbox, schema
+from nestling.tools._toolbox import Offer as ToolOffer
 
 ASK = [{"role": "user", "content": "What is 2 + 3?"}]
 PARAMETERS = {"type": "object", "properties": {"expression": {"type": "string", "maxLength": 12}},
@@ -165,3 +168,57 @@ def test_the_tokens_are_those_of_the_tool_loop(own, model, tokenizer):
     reply = ask(own)
     assert reply.choices[0].message.content == expected.text
     assert reply.usage.completion_tokens == sum(expected.completion.sampled)
+
+
+def test_slow_tools_keep_nobody_waiting(model, tokenizer):
+    """While more tools run than the event loop has threads for other work, a text and a disk write still end at once."""
+    released, begun = threading.Event(), []
+
+    def answer(arguments) -> str:
+        begun.append(arguments)
+        return "5" if released.wait(30) else "late"
+
+    slow = ToolOffer(schema("calculator"), answer)
+
+    async def talk() -> list[str]:
+        engine = Engine(model, tokenizer, rows=64)
+        served = Served("tiny", Driver(engine), tokenizer, toolbox=Toolbox({"calculator": slow}))
+        served.driver.start()
+        busy = [asyncio.create_task(last_text(served, ASK[0]["content"], ("calculator",))) for _ in range(40)]
+        try:
+            async with asyncio.timeout(20):
+                while len(begun) < 32:
+                    await asyncio.sleep(0.01)
+                quick = await last_text(served, "Hello!", ())
+                await asyncio.to_thread(str)
+        finally:
+            released.set()
+        texts = await asyncio.gather(*busy)
+        await served.driver.stop()
+        return [quick, *set(texts)]
+
+    async def last_text(served: Served, asked: str, tools: tuple[str, ...]) -> str:
+        question = Question((Message(role="user", content=asked),), Sampling(temperature=0), offer=Offer(own=tools))
+        answer = Answer(served, question)
+        async for _ in answer:
+            pass
+        return answer.message().content
+
+    assert asyncio.run(talk()) == ["Hello! How can I help you today?", "It is 5."]
+
+
+def test_tools_run_with_the_settings_of_the_service(model, tokenizer):
+    """Wherever a loop answers calls, it may be given the toolbox that a person has set up."""
+    asked = [("calculator", {"expression": "2 + 3"})]
+    seen = []
+
+    def run(name, arguments) -> str:
+        seen.append((name, arguments))
+        return "5"
+
+    row = PromptRow(prompt=(Message(role="user", content=ASK[0]["content"]),), meta={"tools": ["calculator"]})
+    greedy = Sampling(temperature=0, max_tokens=100)
+    [reply] = replies(Engine(model, tokenizer, rows=2), [row], greedy, seed=0, run=run)
+    session = ChatSession(Engine(model, tokenizer, rows=2), tools=["calculator"], run=run, sampling=greedy)
+    told = [event.text for event in session.say(ASK[0]["content"]) if event.kind == "result"]
+    assert (reply.text, told, seen) == ("It is 5.", ["5"], asked * 2)

@@ -151,7 +151,9 @@ def test_trials_and_router(tmp_path: Path) -> None:
     assert reports["trials"]["prompts"] == 36
     means = reports["trials"]["candidates"]
     assert means["direct"]["cost"] < means["tools"]["cost"]  # the offer is part of the prompt
-    assert set(reports["router"]["policies"]) == {"always direct", "always tools", "always thinking", "router", "oracle"}
+    assert set(reports["router"]["policies"]) == {
+        "always direct", "always tools", "always thinking", "router", "coin", "random", "oracle",
+    }  # fmt: skip
     assert reports["router"]["always_small"] == "direct"
     choice = Router.load(tmp_path / "run" / "router" / "model").choose((Message(role="user", content="What is 1 + 2?"),))
     assert (choice.model, choice.effort) == ("chat", "direct")

@@ -98,7 +98,31 @@ def test_a_token_that_only_whole_words_reach_is_not_fast() -> None:
 
 def test_other_families_are_refused(tmp_path: Path) -> None:
     definition = _definition(1)
-    definition["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    definition["pre_tokenizer"] = {"type": "Whitespace"}
+    definition["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    with pytest.raises(UserError, match="not byte-level"):
+    with pytest.raises(UserError, match=r"can't be read back.*BPEDecoder"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition | {"decoder": None}))
+    with pytest.raises(UserError, match="no decoder"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_definition_that_the_library_refuses_is_one_line(tmp_path: Path) -> None:
+    definition = _definition(1)
+    definition["model"]["merges"].append(["no", "such token"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="can't read it") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_blank_added_tokens_are_text(tmp_path: Path) -> None:
+    """As in GPT-NeoX: runs of spaces appended to the vocabulary."""
+    folder = _write(tmp_path, _definition(1), ("    ", "  "), hidden=False)
+    tokenizer, theirs = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "def f():\n    if x:\n        return  1"
+    assert tokenizer.encode(text) == theirs.encode(text).ids == tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert not tokenizer.special
+    assert sum(tokenizer.byte_lengths[number] for number in tokenizer.encode(text)) == len(text)

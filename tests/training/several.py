@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import multiprocessing
 
@@ -91,3 +92,12 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The final weights that `learn` left."""
     return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def assert_same(folder: Path, reference: Path, tolerance: float = 1e-5) -> None:
+    """Both runs have the same rows and final weights."""
+    for ours, theirs in zip(rows_of(folder), rows_of(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    wanted = weights_of(reference)
+    for name, tensor in weights_of(folder).items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=tolerance, atol=tolerance)

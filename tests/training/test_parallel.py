@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from several import learn, objective, rows_of, together, weights_of
+from several import assert_same, learn, objective, rows_of, together, weights_of
 
 from nestling.core import ranks
 from nestling.core.errors import Interrupted, UserError
@@ -48,14 +48,6 @@ def _learn(folder: Path, parallel: dict[str, Any], given: dict[str, Any]) -> Non
         learn(folder, parallel=parallel, **given)
     except Interrupted:
         (folder / f"interrupted-{ranks.rank()}").touch()
-
-
-def assert_same(folder: Path, reference: Path, tolerance: float = 1e-5) -> None:
-    for ours, theirs in zip(rows_of(folder), rows_of(reference), strict=True):
-        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
-    wanted = weights_of(reference)
-    for name, tensor in weights_of(folder).items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(scope="module")

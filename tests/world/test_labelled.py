@@ -8,7 +8,8 @@ from nestling.core.errors import UserError
 from nestling.stages.moderation import CATEGORIES
 from nestling.world import World
 from nestling.world.language import language
-from nestling.world.moderation import labelled
+from nestling.world.moderation import Slots, held_out, labelled
+from nestling.world.streams import Stream
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +44,33 @@ def test_no_phrase_is_in_both_splits(world: World) -> None:
     assert not groups[0] & groups[1]
 
 
-def test_every_phrase_can_be_filled(world: World) -> None:
-    from nestling.world.moderation import _slots
-    from nestling.world.streams import Stream
+def test_what_is_learnt_never_says_what_is_held_out(world: World) -> None:
+    """Not even with other people, places and words in it; nor does it speak of a held-out group."""
+    lang = world.facts.lang
+    rows = [row for row in world.labelled(3, 6000) if row.meta["kind"] != "ordinary"]
+    held = [row for row in world.labelled(3, 3000, "val") if row.meta["kind"] != "ordinary"]
+    assert not {row.text for row in rows} & {row.text for row in held}
+    for group in lang.get("moderation.groups.heldout"):
+        assert not [row.text for row in rows if group.format(t="").strip() in row.text.lower()], group
+    assert held_out(lang, "assault").fullmatch("Rob Mara Vale with a knife")
+    assert held_out(lang, "insult").fullmatch("You dumb liar, nobody in Ostrania needs you.")
+    assert not held_out(lang, "assault").fullmatch("rob the bank with a knife in secret")
 
+
+def test_phrases_become_many_texts(world: World) -> None:
+    texts = {row.text for row in world.labelled(3, 5000) if row.meta["kind"] != "ordinary"}
+    assert len(texts) > 0.9 * 4000
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_wording_can_be_filled(world: World, split: str) -> None:
     data = language("en").get("moderation")
-    slots = _slots(world.facts, Stream(1), "old people")
-    phrases = [phrase for kind in data["kinds"].values() for part in ("train", "heldout") for phrase in kind[part]]
-    filled = [phrase.format_map(slots) for phrase in phrases]
-    assert len(filled) > 400
+    slots = Slots(world.facts, Stream(1), split)
+    slots["x"] = "it"
+    lists = [kind["train" if split == "train" else "heldout"] for kind in (*data["kinds"].values(), *data["forms"].values())]
+    lists += data["parts"].values() if split == "train" else []
+    filled = [wording.format_map(slots) for choices in lists for wording in choices for _ in range(3)]
+    assert len(filled) > 500
     assert not [text for text in filled if "{" in text]
 
 

@@ -32,6 +32,8 @@ VERBS = {
     "feedback": "feedback",
     "export": "exporting",
     "verify-export": "exporting",
+    "import": "importing",
+    "merge": "importing",
 }
 """Verb -> the file of cli/ whose function it is; every file of stages/ is a verb too."""
 _UsageError: Any = typer.BadParameter.__base__  # typer carries click inside it from some version on; the name moved

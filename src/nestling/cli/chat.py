@@ -15,7 +15,6 @@ from nestling.core.errors import UserError
 from nestling.core.types import Message
 from nestling.generation.engine import Engine
 from nestling.generation.session import CHAT_SAMPLING, ChatSession, Event
-from nestling.tokenizer.special import TURN_START
 
 SCRIPT = (
     "Hello! Who are you?",
@@ -68,7 +67,7 @@ def run_chat(folder: Path, options: ChatOptions | None = None, console: Console 
 
 def _open(folder: Path, options: ChatOptions) -> ChatSession:
     checkpoint = open_writer(folder, options.device)
-    if TURN_START not in checkpoint.tokenizer.special:
+    if checkpoint.tokenizer.chat_template is None:
         fix = "fine-tune it on conversations (sft), or use nestling generate"
         raise UserError("this is a base model: it continues text, it does not chat", where=folder, fix=fix)
     engine = Engine(checkpoint.model, checkpoint.tokenizer, rows=4, frozen=True)

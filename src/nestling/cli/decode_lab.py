@@ -19,7 +19,6 @@ from nestling.generation import lab
 from nestling.generation.engine import Engine
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
-from nestling.tokenizer.special import TURN_START
 
 SHADES = (
     (0.5, "p ≥ 1/2", "default"),
@@ -67,9 +66,9 @@ def _methods(words: Sequence[str]) -> list[lab.Method]:
 
 def _ids(tokenizer: Tokenizer, prompt: str, raw: bool) -> list[int]:
     """A chat model is asked; a base model goes on."""
-    if TURN_START in tokenizer.special and not raw:
+    if tokenizer.chat_template is not None and not raw:
         return render(tokenizer, [Message(role="user", content=prompt)], prompt=True).ids
-    return [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    return [tokenizer.start_of_text, *tokenizer.encode(prompt)]
 
 
 def _show(results: Sequence[lab.Result]) -> None:

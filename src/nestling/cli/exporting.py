@@ -16,7 +16,7 @@ from nestling.core.metrics import say
 from nestling.core.runtime import detect
 from nestling.evaluation.agreement import Agreement, compare, conversations, reference_cases
 from nestling.evaluation.readers import open_readers
-from nestling.model import checkpoint
+from nestling.model import checkpoint, peft
 from nestling.model.gguf import export_gguf
 from nestling.model.locate import checkpoint_folder
 
@@ -51,9 +51,12 @@ def verify_export(
     if len(cases) < len(asked):
         say(f"{len(asked) - len(cases)} of {len(asked)} prompts don't fit the model's context and are left out")
     with tempfile.TemporaryDirectory() as workplace:
+        if peft.is_adapter(folder):  # the others read the merged model, as export writes it
+            folder = Path(workplace) / "merged"
+            checkpoint.save(folder, found.model, found.tokenizer)
         readers, absent = open_readers(found, folder, Path(workplace), type_, detect("cpu").threads)  # type: ignore[arg-type]
         results = [compare(reader, cases, new_tokens) for reader in readers]
-    _show(folder, results, absent)
+    _show(checkpoint_folder(model), results, absent)
     if not all(result.agrees for result in results):
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""`nestling feedback export|stats|delete STORE`: what people said of the replies, as data, as figures, or gone."""
+"""`nestling feedback export|stats|review|delete STORE`: what people said, as data, as figures, looked at, or gone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nestling.core.errors import UserError
 from nestling.core.metrics import say
@@ -16,18 +17,28 @@ from nestling.serving.store.export import Counts, Filters
 from nestling.serving.store.export import export as write
 from nestling.serving.store.store import Store
 
-Action = Literal["export", "stats", "delete"]
+Action = Literal["export", "stats", "review", "delete"]
 
 
 def feedback(
-    action: Annotated[Action, typer.Argument(help="export, stats or delete.")],
+    action: Annotated[Action, typer.Argument(help="export, stats, review or delete.")],
     store: Annotated[str, typer.Argument(metavar="STORE", help="A file, sqlite:///… or postgresql://…")],
     out: Annotated[Path | None, typer.Option(help="export: folder for the files.")] = None,
     since: Annotated[
         str | None, typer.Option(help="export: judgements from this day or time on, as 2026-01-31.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="export: only replies of this model.")] = None,
-    with_flagged: Annotated[bool, typer.Option("--with-flagged", help="export: reported messages too.")] = False,
+    with_flagged: Annotated[
+        bool, typer.Option("--with-flagged", help="export: rankings and conversations with reported messages too.")
+    ] = False,
+    clean: Annotated[
+        float, typer.Option(min=0, help="export: most labels of clean messages for each label that was reviewed.")
+    ] = 1.0,
+    trust_reports: Annotated[
+        bool, typer.Option("--trust-reports", help="export: reports that nobody reviewed count as upheld.")
+    ] = False,
+    uphold: Annotated[list[str] | None, typer.Option(help="review: this report or verdict is right.")] = None,
+    reject: Annotated[list[str] | None, typer.Option(help="review: this report or verdict is wrong.")] = None,
     owner: Annotated[str | None, typer.Option(help="Only what the holder of this API key wrote.")] = None,
     conversation: Annotated[str | None, typer.Option(help="delete: this conversation.")] = None,
     before: Annotated[
@@ -35,7 +46,7 @@ def feedback(
     ] = None,
     everything: Annotated[bool, typer.Option("--everything", help="delete: all conversations.")] = False,
 ) -> None:
-    """Export what people said of the replies as training data, count it, or delete conversations with it."""
+    """Export what people said as training data, count it, review reports and verdicts, or delete conversations."""
     if action == "export" and out is None:
         raise UserError("where to?", where="--out", fix="name a folder: --out feedback")
     if action == "delete" and [conversation is None, before is None, not everything].count(False) != 1:
@@ -44,16 +55,18 @@ def feedback(
     opened = _open(store, owner)
     try:
         if action == "export" and out is not None:
-            _show(write(opened, out, Filters(start or 0.0, model, with_flagged)), out)
+            _show(write(opened, out, Filters(start or 0.0, model, with_flagged, clean, trust_reports)), out)
         elif action == "stats":
             _stats(opened)
+        elif action == "review":
+            _review(opened, {**dict.fromkeys(uphold or (), True), **dict.fromkeys(reject or (), False)})
         elif conversation is not None:
             opened.conversations.delete(conversation)
             say("deleted 1 conversation")
         else:
-            say(
-                f"deleted {opened.conversations.delete_all(end):,} conversations, {_forget(opened, owner, end):,} verdicts"
-            )
+            conversations, responses = opened.conversations.delete_all(end), opened.responses.forget_all(end)
+            verdicts = _forget(opened, owner, end)
+            say(f"deleted {conversations:,} conversations, {responses:,} responses, {verdicts:,} verdicts")
     finally:
         opened.close()
 
@@ -80,6 +93,19 @@ def _show(counts: Counts, out: Path) -> None:
         table.add_row(kind, f"{count:,}")
     for reason, count in sorted(counts.left_out.items()):
         table.add_row(f"left out: {reason}", f"{count:,}")
+    Console(highlight=False).print(table)
+
+
+def _review(store: Store, said: dict[str, bool]) -> None:
+    """Note what the operator says, then list what is left to look at."""
+    for id, upheld in said.items():
+        store.moderation.review(id, upheld)
+    table = Table(title="to look at: --uphold ID or --reject ID")
+    for name in ("id", "what", "categories", "text"):
+        table.add_column(name, no_wrap=name == "id")
+    for case in store.moderation.cases():
+        told = f"{case.text}\n({case.comment})" if case.comment else case.text
+        table.add_row(case.id, case.kind, ", ".join(case.categories), Text(told))
     Console(highlight=False).print(table)
 
 

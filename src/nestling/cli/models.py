@@ -46,7 +46,10 @@ def generate(
     engine = Engine(found.model, found.tokenizer, frozen=True)
     given = {"strategy": strategy, "temperature": temperature, "top_k": top_k, "top_p": top_p, "max_tokens": max_tokens}
     sampling = parse(Sampling, given, "generate")
-    ids = [found.tokenizer.end_of_text, *found.tokenizer.encode(prompt)]
+    if found.tokenizer.special:
+        ids = [found.tokenizer.start_of_text, *found.tokenizer.encode(prompt)]
+    else:  # a bare alphabet, such as nanoGPT's: nothing marks the beginning of a text
+        ids = found.tokenizer.encode(prompt or "\n")
     for done in engine.generate([Request(ids, sampling, seed + place) for place in range(count)]):
         print(f"{prompt}{done.text}", end="\n" if count == 1 else "\n\n")
         if done.finish == "length":

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nestling.cli.starting import from_model, on_conversations
 from nestling.core import pipeline, ranks
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
@@ -28,6 +29,8 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one in recipes/.")] = "",
     out: OutOption = None,
     text: Annotated[Path | None, typer.Option(help="Learn from this text file or folder instead.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Start from this model instead of pre-training one.")] = None,
+    conversations: Annotated[Path | None, typer.Option(help="Learn these conversations (JSONL) instead.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: stage.key=value.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     on_bad_row: Annotated[str | None, typer.Option(help="What a bad row of a data file does: stop or skip.")] = None,
@@ -42,6 +45,10 @@ def run(
     plan = load_recipe(path, overrides)
     if text is not None:
         plan = _on_text(plan, text)
+    if conversations is not None:
+        plan = on_conversations(plan, conversations)
+    if model is not None:
+        plan = from_model(plan, model)
     if on_bad_row is not None:
         plan = _on_bad_row(plan, on_bad_row)
     folder = out or Path("runs") / plan.name

@@ -7,7 +7,7 @@ import os
 import queue
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
@@ -22,11 +22,13 @@ from nestling.core.config import parse
 from nestling.core.errors import UserError
 from nestling.core.metrics import say
 from nestling.core.runtime import detect
+from nestling.model.locate import checkpoint_folder
 from nestling.serving.app import create_app
-from nestling.serving.models import open_models
+from nestling.serving.models import named_folder, open_models
 from nestling.serving.moderation import Moderator
 from nestling.serving.observing import LOG
 from nestling.serving.router import Router
+from nestling.serving.runs import RECIPE, Runs
 from nestling.serving.settings import ServeSettings
 from nestling.serving.store.store import Store
 from nestling.tools import Toolbox
@@ -37,11 +39,11 @@ LOG_LINES = 10_000
 SWITCH_SECONDS = 0.0005
 """How long the event loop may hold Python's lock while the engine waits for it between two operations; 0.005 costs 2 %."""
 STORE, NO_STORE = "nestling.db", "none"
-MODELS = typer.Argument(metavar="MODEL…", help="Run, checkpoint or Hugging Face folders; NAME=FOLDER names one.")
+MODELS = typer.Argument(metavar="[MODEL…]", help="Run, checkpoint or Hugging Face folders; NAME=FOLDER names one.")
 
 
 def serve(
-    models: Annotated[list[str], MODELS],
+    models: Annotated[list[str] | None, MODELS] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; others than loopback demand a key.")] = None,
     port: Annotated[int | None, typer.Option(help="Port, 8000 unless said; 0 takes a free one.")] = None,
     key_file: Annotated[Path | None, typer.Option(help=f"Lines NAME KEY; {KEY_VARIABLE} gives one key.")] = None,
@@ -51,6 +53,9 @@ def serve(
     ] = STORE,
     moderation: Annotated[Path | None, typer.Option(help="Folder of a moderation model, for all that is said.")] = None,
     router: Annotated[Path | None, typer.Option(help="Folder of a router, for the model name auto.")] = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of runs that the page shows; else that of the first MODEL, or ./runs.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML with any settings of the service; options go first.")
     ] = None,
@@ -66,13 +71,35 @@ def serve(
     with ExitStack() as opened:
         toolbox = opened.enter_context(Toolbox.open(settings.tools, "serve.tools"))
         kept = None if store == NO_STORE else opened.enter_context(closing(Store.open(store)))
-        served = open_models(models, settings, device, toolbox)
+        named, shown = _asked(models or [], runs)
+        served = open_models(named, settings, device, toolbox)
         app = create_app(
-            settings, served, kept,
+            settings, served, kept, runs=shown,
             moderator=Moderator.load(moderation, detect(device).device) if moderation else None,
             router=Router.load(router) if router else None,
         )  # fmt: skip
         _run(app, settings)
+
+
+def _asked(models: Sequence[str], runs: Path | None) -> tuple[list[str], Runs]:
+    """The models to open, without runs that have none yet, and the runs to show."""
+    if runs is not None and not runs.is_dir():
+        raise UserError("no such folder", where="--runs", value=runs)
+    if not models and runs is None:
+        raise UserError("what is to be served?", where="MODEL", fix="name a run or checkpoint folder, or give --runs")
+    folders = [named_folder(model)[1] for model in models]
+    early = [model for model, folder in zip(models, folders, strict=True) if _has_no_model_yet(folder)]
+    for model in early:
+        say(f"{model} has no model yet: only its run is shown")
+    return [model for model in models if model not in early], Runs(runs) if runs else Runs.around(folders)
+
+
+def _has_no_model_yet(folder: Path) -> bool:
+    try:
+        checkpoint_folder(folder)
+    except UserError:
+        return (folder / RECIPE).is_file()
+    return False
 
 
 def _run(app: FastAPI, settings: ServeSettings) -> None:

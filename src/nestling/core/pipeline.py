@@ -12,12 +12,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from nestling import __version__
@@ -30,6 +30,8 @@ from nestling.core.registry import find
 from nestling.core.runtime import Runtime
 from nestling.core.storage import FolderLock, content_hash, disk_error, finite, read_json, sweep, write_json
 
+DIARY = ".run.json"
+"""File of a run folder that tells those who look on what the run does: see `Diary`. Hidden, as it is no result."""
 KEPT_ASIDE = 3  # earlier results of one stage that stay in .previous
 
 
@@ -134,7 +136,10 @@ def run(
     """
     plans = plan(recipe, out, until)
     reports = {}
-    with ranks.group(runtime.device), FolderLock(out) if ranks.is_main() else nullcontext():
+    with ranks.group(runtime.device), ExitStack() as opened:
+        if ranks.is_main():
+            opened.enter_context(FolderLock(out))
+            opened.enter_context(Diary(out, plans))
         try:
             if ranks.is_main():
                 write_json(out / "recipe.json", recipe.model_dump(mode="json"))
@@ -147,6 +152,35 @@ def run(
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted in {stage.spec.name}; run the same command again to go on") from None
     return reports
+
+
+class Diary:
+    """`.run.json`: {"keys": {stage: key}, "begun": time, "state": "running" | "finished" | "stopped" | "failed", "error"}.
+
+    A process that was killed leaves "running" behind, but no lock.
+    """
+
+    def __init__(self, out: Path, plans: Sequence[Plan]) -> None:
+        self._path = out / DIARY
+        self._told: dict[str, Any] = {"keys": {stage.spec.name: stage.key for stage in plans}}
+
+    def __enter__(self) -> None:
+        self._told["begun"] = _now()
+        write_json(self._path, self._told | {"state": "running"})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        told = {**self._told, "ended": _now(), "state": "stopped" if stopped else "failed" if error else "finished"}
+        if told["state"] == "failed":
+            told["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        with suppress(UserError):  # a full disk must not hide what went wrong
+            write_json(self._path, told)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _run_stage(stage: Plan, seed: int, out: Path, runtime: Runtime, quiet: bool, title: str) -> dict[str, Any]:
@@ -245,7 +279,7 @@ def _complete(stage: Plan, folder: Path, seed: int, report: dict[str, Any], seco
         "seed": seed,
         "report": report,
         "seconds": round(seconds, 2),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": _now(),
         "nestling": __version__,
     }
     write_json(folder / "stage.json", record)

@@ -155,6 +155,13 @@ def sum_over_all(values: dict[str, float]) -> dict[str, float]:
     return _summed(values, None) if is_distributed() else values
 
 
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape on every process, summed over all readers in place."""
+    if is_distributed():
+        _dist().all_reduce(tensor, group=_READERS.group)
+    return tensor
+
+
 def _summed(values: dict[str, float], among: Any) -> dict[str, float]:
     import torch
 

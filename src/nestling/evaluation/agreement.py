@@ -133,10 +133,10 @@ def plain_text(conversation: Conversation) -> str:
 
 
 def prompt_ids(checkpoint: Checkpoint, conversation: Conversation) -> list[int]:
-    """The prompt as training and serving render it; a base model reads plain text after an end-of-text token."""
+    """The prompt as training and serving render it; a base model reads plain text after the token that begins one."""
     tokenizer = checkpoint.tokenizer
     if tokenizer.chat_template is None:
-        return [tokenizer.end_of_text, *tokenizer.encode(plain_text(conversation))]
+        return [tokenizer.start_of_text, *tokenizer.encode(plain_text(conversation))]
     return render(tokenizer, conversation.messages, conversation.tools, prompt=True).ids
 
 

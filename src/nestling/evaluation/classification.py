@@ -183,6 +183,16 @@ def calibration_error(scores: Numbers, truth: Truth, bins: int = 10, weights: Nu
     return float(np.abs(gaps).sum() / weight.sum())
 
 
+def reliability(scores: Numbers, truth: Truth, bins: int = 10) -> list[dict[str, float]]:
+    """Of every bin of scores that has any: their mean, the share that was true, and their number."""
+    place = np.minimum((scores * bins).astype(int), bins - 1)
+    count, total, true = (
+        np.bincount(place, weights=of, minlength=bins) for of in (np.ones(len(scores)), scores, truth)
+    )
+    return [{"score": float(total[n] / count[n]), "share": float(true[n] / count[n]), "n": int(count[n])}
+            for n in np.flatnonzero(count)]  # fmt: skip
+
+
 def _error_interval(scores: Numbers, truth: Truth, group: NDArray[np.intp]) -> Interval:
     stream = np.random.default_rng(0)
     count = int(group.max()) + 1

@@ -19,9 +19,10 @@ from nestling.evaluation.agreement import Case, Reader, largest_difference, plai
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
-from nestling.model.checkpoint import Checkpoint
+from nestling.model.checkpoint import Checkpoint, save
 from nestling.model.gguf import Precision, export_gguf
 from nestling.model.hub import OWN_FORM
+from nestling.tokenizer.bpe import Tokenizer
 
 TOLERANCE = 1e-3
 """Nats. Two orders of adding float32 numbers differ by about 1e-5 in logits of size 10."""
@@ -79,10 +80,11 @@ class TransformersReader(Reader):
         self._model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def ids(self, conversation: Conversation) -> list[int]:
-        """By `apply_chat_template`; a base model's text by the tokenizer alone, after the same end-of-text token."""
+        """By `apply_chat_template`; a base model's text by the tokenizer alone, after the same first token."""
         if self._tokenizer.chat_template is None:
-            text = plain_text(conversation)
-            return [self._tokenizer.eos_token_id, *self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+            ids = self._tokenizer(plain_text(conversation))["input_ids"]
+            begins = ids[:1] == [self._tokenizer.bos_token_id]
+            return ids if begins else [self._tokenizer.eos_token_id, *ids]
         rows = [message.to_row() for message in conversation.messages]
         return self._tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=True)["input_ids"]
 
@@ -105,13 +107,13 @@ class TransformersReader(Reader):
 class LlamaCppReader(Reader):
     """llama.cpp through llama-cpp-python, with keys and values in float32: what differs is the file and the program."""
 
-    def __init__(self, path: Path, precision: str, context: int, threads: int) -> None:
+    def __init__(self, path: Path, precision: str, context: int, threads: int, tokenizer: Tokenizer) -> None:
         library: Any = importlib.import_module("llama_cpp")
         exact = {"type_k": library.GGML_TYPE_F32, "type_v": library.GGML_TYPE_F32}
         settings = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads}
         self._llama = library.Llama(str(path), **settings, **exact)
         self.name, self.tolerance = f"llama.cpp {precision}", LLAMA_CPP_TOLERANCES[precision]
-        self._stops = {self._llama.token_eos(), self._llama.token_bos()}
+        self._stops, self._start = tokenizer.stop_ids, tokenizer.start_of_text
         self._template = self._formatter(library)
 
     def _formatter(self, library: Any) -> Callable[..., Any] | None:
@@ -124,10 +126,10 @@ class LlamaCppReader(Reader):
         return formats.Jinja2ChatFormatter(source, eos_token=end, bos_token=begin)
 
     def ids(self, conversation: Conversation) -> list[int]:
-        """By the template in the file; a base model's text after the same end-of-text token."""
+        """By the template in the file; a base model's text after the same first token."""
         if self._template is None:
             text = plain_text(conversation).encode()
-            return [self._llama.token_eos(), *self._llama.tokenize(text, add_bos=False, special=False)]
+            return [self._start, *self._llama.tokenize(text, add_bos=False, special=False)]
         rows = [message.to_row() for message in conversation.messages]
         return self._llama.tokenize(self._template(messages=rows).prompt.encode(), add_bos=False, special=True)
 
@@ -169,17 +171,25 @@ def open_readers(
     elif _is_own_form(folder):
         absent["transformers"] = "no family of transformers says all of this configuration"
     else:
-        readers.append(TransformersReader(folder))
+        readers.append(TransformersReader(_whole(checkpoint, folder, workplace)))
     if importlib.util.find_spec("llama_cpp") is None:
         absent["llama.cpp"] = "not installed (pip install llama-cpp-python)"
     else:
         try:
             export_gguf(checkpoint, workplace / "model.gguf", precision)
             context = checkpoint.model.config.context
-            readers.append(LlamaCppReader(workplace / "model.gguf", precision, context, threads))
+            readers.append(LlamaCppReader(workplace / "model.gguf", precision, context, threads, checkpoint.tokenizer))
         except UserError as error:
             absent["llama.cpp"] = str(error)
     return readers, absent
+
+
+def _whole(checkpoint: Checkpoint, folder: Path, workplace: Path) -> Path:
+    """The folder, or what we export where it has no tokenizer.json and transformers would need SentencePiece's library."""
+    if (folder / "tokenizer.json").exists():
+        return folder
+    save(workplace / "exported", checkpoint.model, checkpoint.tokenizer)
+    return workplace / "exported"
 
 
 def _is_own_form(folder: Path) -> bool:

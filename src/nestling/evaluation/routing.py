@@ -96,6 +96,30 @@ class Table:
         """One candidate for every prompt, [N]."""
         return np.full(len(self.scores), self.names.index(name))
 
+    def random(self) -> Policy:
+        """What any candidate, drawn for each prompt, scores and costs on average."""
+        share = 1 / len(self.names)
+        return Policy(self.scores.mean(axis=1), self.costs.mean(axis=1), dict.fromkeys(self.names, share))
+
+    def coin(self, cost: float) -> Policy:
+        """The best that tossing a coin between two candidates gives for this cost, or for what is nearest to it."""
+        cost = float(np.clip(cost, self.mean_costs.min(), self.mean_costs.max()))
+        best: Policy | None = None
+        for low in range(len(self.names)):
+            for high in range(len(self.names)):
+                ends = self.mean_costs[[low, high]]
+                if ends[0] <= cost <= ends[1]:
+                    share = (cost - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.0
+                    mixed = self._mixture(low, high, float(share))
+                    best = mixed if best is None or mixed.accuracy > best.accuracy else best
+        assert best is not None
+        return best
+
+    def _mixture(self, low: int, high: int, share: float) -> Policy:
+        scores, costs = ((1 - share) * of[:, low] + share * of[:, high] for of in (self.scores, self.costs))
+        taken = {self.names[high]: share, self.names[low]: 1 - share}
+        return Policy(scores, costs, {name: part for name, part in taken.items() if part})
+
     def replay(self, chosen: NDArray[np.intp]) -> Policy:
         """What a choice of candidates, [N], would have scored and cost."""
         rows = np.arange(len(chosen))

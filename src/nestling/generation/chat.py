@@ -10,20 +10,26 @@ tool's result and a new assistant header are forced behind it, and the model goe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from nestling import tools as toolbox
+from nestling.core import registry
+from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
 from nestling.core.types import Message, PromptRow, ToolCall
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import parse_reply, render
-from nestling.tokenizer.special import CALL_START, TURN_END
+from nestling.tokenizer.conversation import between, parse_reply, render
+from nestling.tokenizer.foreign import Tool
+from nestling.tokenizer.special import CALL_START
 
 MAX_ROUNDS = 4
+Run = Callable[[str, Mapping[str, Any]], str]
+"""Answers a call, given a tool's name and its arguments: `tools.run`, or that of a `Toolbox` with settings of its own."""
 MALFORMED = 'error: the call is not valid; write {"name": "…", "arguments": {…}}'
 
 
@@ -46,20 +52,24 @@ def replies(
     sampling: Sampling,
     seed: int,
     max_rounds: int = MAX_ROUNDS,
+    run: Run = toolbox.run,
+    first: int = 0,
 ) -> list[Reply]:
-    """Answer all prompts in one batch; row i has its own random stream, derived from (seed, i).
+    """Answer all prompts in one batch; row i has its own random stream, derived from (seed, first + i).
 
     Args:
         rows: the prompts, each with the tools that it offers; a call is run and the model goes on with the result.
         max_rounds: tool rounds per reply; a further call ends the reply.
+        run: answers calls; the batch waits for it.
+        first: number of the first row, where these are only some of the rows that are answered.
 
     Raises:
         UserError: a prompt longer than the context, a tokenizer without chat tokens.
     """
-    loops = [ToolLoop(engine.tokenizer, row.tools, max_rounds) for row in rows]
+    loops = [ToolLoop(engine.tokenizer, row.tools, max_rounds, run) for row in rows]
     requests = [
         ask(engine.tokenizer, row.prompt, sampling, stream_seed(seed, "reply", i), loop)
-        for i, (row, loop) in enumerate(zip(rows, loops, strict=True))
+        for i, (row, loop) in enumerate(zip(rows, loops, strict=True), first)
     ]
     completions = engine.generate(requests)
     return [loop.reply(completion, sampling) for loop, completion in zip(loops, completions, strict=True)]
@@ -67,34 +77,60 @@ def replies(
 
 def ask(tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, seed: int, loop: ToolLoop) -> Request:
     """The request that makes a model answer `prompt`, its tool calls served by `loop`."""
-    ids = render(tokenizer, prompt, loop.tools, prompt=True).ids
+    ids = prompt_ids(tokenizer, prompt, loop.tools)
+    loop.prompt = tuple(prompt)
     return Request(ids, sampling, seed, interject=loop if loop.tools else None)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Sequence[Message], tools: Sequence[str]) -> list[int]:
+    """The ids that a model goes on from.
+
+    Raises:
+        UserError: as `render`.
+    """
+    return render(tokenizer, prompt, offered(tokenizer, tools), prompt=True).ids
+
+
+def offered(tokenizer: Tokenizer, tools: Sequence[str]) -> Sequence[Tool]:
+    """What a model is told of tools: ours know them by name, others read their definitions."""
+    if tokenizer.has_own_form:
+        return tools
+    known = registry.names("tools")
+    return [toolbox.schema(name) if name in known else name for name in tools]
 
 
 class ToolLoop:
     """Serves the tool calls of one reply, as the `interject` of its request."""
 
-    def __init__(self, tokenizer: Tokenizer, tools: Sequence[str] = (), max_rounds: int = MAX_ROUNDS) -> None:
-        self.tools = tuple(tools)
+    def __init__(
+        self, tokenizer: Tokenizer, tools: Sequence[str] = (), max_rounds: int = MAX_ROUNDS, run: Run = toolbox.run
+    ) -> None:
+        takes = tokenizer.template is None or tokenizer.has_own_form or tokenizer.template.takes_tools
+        self.tools, self._answer = tuple(tools) if takes else (), run
+        self.prompt: tuple[Message, ...] = ()
         self.messages: list[Message] = []
         """Assistant turns with calls and their tool turns, so far."""
         self._tokenizer, self._rounds = tokenizer, max_rounds
-        self._end = tokenizer.id(TURN_END)
+        self._ends = tokenizer.turn_ends
         self._starts = [0]  # where each assistant turn begins in the continuation
         self._turns: list[int] = []  # how many messages each round added
 
     def __call__(self, ids: list[int]) -> list[int] | None:
         """At the end of a turn with calls: run them and force their results."""
-        if ids[-1] != self._end or len(self._turns) >= self._rounds:
+        if ids[-1] not in self._ends or len(self._turns) >= self._rounds:
             return None
         turn = ids[self._starts[-1] :]
-        message = parse_reply(self._tokenizer, turn)
+        message = parse_reply(self._tokenizer, turn, self.tools)
         results = [self._run(call) for call in message.tool_calls]
-        results += [MALFORMED] * (turn.count(self._tokenizer.id(CALL_START)) - len(results))
+        results += [MALFORMED] * (turn.count(self._tokenizer.special.get(CALL_START, -1)) - len(results))
         if not results:
             return None
         answers = [Message(role="tool", content=result) for result in results]
-        forced = [*self._tokenizer.encode("\n"), *render(self._tokenizer, answers, prompt=True).ids]
+        try:
+            said = (*self.prompt, *self.messages)
+            forced = between(self._tokenizer, said, message, answers, offered(self._tokenizer, self.tools))
+        except UserError:  # the model's template has no form for answers: the calls are where the reply ends
+            return None
         self.messages += [message, *answers]
         self._turns.append(1 + len(answers))
         self._starts.append(len(ids) + len(forced))
@@ -105,7 +141,7 @@ class ToolLoop:
         if len(completion.ids) < self._starts[-1]:  # the last results did not fit into the context
             self._starts.pop()
             del self.messages[-self._turns.pop() :]
-        last = parse_reply(self._tokenizer, completion.ids[self._starts[-1] :])
+        last = parse_reply(self._tokenizer, completion.ids[self._starts[-1] :], self.tools)
         text = _before(last.content, sampling.stop)
         last = Message(role="assistant", content=text, tool_calls=last.tool_calls)
         return Reply((*self.messages, last), text, completion)
@@ -113,7 +149,7 @@ class ToolLoop:
     def _run(self, call: ToolCall) -> str:
         if call.name not in self.tools:
             return f"error: no tool {call.name!r} on offer; there is {', '.join(self.tools)}"
-        return toolbox.run(call.name, call.arguments)
+        return self._answer(call.name, call.arguments)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

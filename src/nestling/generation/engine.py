@@ -36,7 +36,7 @@ from nestling.generation.speculation import Draft, Proposal, Speculation, check_
 from nestling.generation.strategy import DROP, KEEP, Decoding, View
 from nestling.model.decoder import Decoder
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.special import END_OF_TEXT, PAD, TURN_END, TURN_START
+from nestling.tokenizer.special import PAD, TURN_START
 
 PROBED = 997
 """One weight in so many is looked at to see whether training went on."""
@@ -82,7 +82,7 @@ class Engine:
             )
         self.model, self.tokenizer, self.dtype, self.frozen = model, tokenizer, dtype, frozen
         self.capacity = min(capacity or model.config.context, model.config.context)
-        self.stop_ids = frozenset(tokenizer.special[n] for n in (TURN_END, END_OF_TEXT) if n in tokenizer.special)
+        self.stop_ids = tokenizer.stop_ids
         self._slots = Slots(model, rows, self.capacity, _cache_dtype(model, dtype, frozen), limits)
         self._speculation = Speculation()
         self._packed_at: tuple[object, ...] | None = None  # the state of the weights that were packed
@@ -417,10 +417,10 @@ def _extend(running: Running, row: Row, token: int, logprob: float, top: Alterna
 
 
 def _banned_tokens(model: Decoder, tokenizer: Tokenizer) -> Tensor | None:
-    """[V] true where a token may never be written: ids without a token, padding, and the beginning of a turn."""
+    """[V] true where a token may never be written: ids without a token, and in our form padding and a turn's beginning."""
     banned = torch.arange(model.config.vocab_size) >= tokenizer.vocab_size
     for name in (PAD, TURN_START):
-        if name in tokenizer.special:
+        if name in tokenizer.special and tokenizer.has_own_form:
             banned[tokenizer.special[name]] = True
     return banned.to(model.output_weight.device) if bool(banned.any()) else None
 

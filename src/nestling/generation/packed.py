@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nestling.core.errors import UserError
 from nestling.generation import native
+from nestling.model.adapters import merged
 from nestling.model.attention import Attention, Scene
 from nestling.model.cache import KVCache, LayerMemory
 from nestling.model.decoder import Decoder
@@ -33,7 +34,7 @@ Projection = Callable[[Tensor, Tensor | None], nn.Module]
 
 
 def pack(model: Decoder, dtype: torch.dtype | None = None) -> PackedDecoder:
-    """A copy of `model` for decoding.
+    """A copy of `model` for decoding, adapters added to its weights.
 
     Args:
         dtype: of the weights of all projections; theirs when not given. bfloat16 reads half of the memory, int8 (with a
@@ -43,6 +44,7 @@ def pack(model: Decoder, dtype: torch.dtype | None = None) -> PackedDecoder:
     Raises:
         UserError: a dtype that there is no packed form for, or int8 where there is no kernel for it.
     """
+    model = merged(model)
     project = _projection(dtype or model.output_weight.dtype, model.output_weight.device)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared).eval()

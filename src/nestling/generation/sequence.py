@@ -33,7 +33,7 @@ class Request:
     seed: int = 0
     interject: Interject | None = None
     stop_ids: frozenset[int] | None = None
-    """Tokens that end the text; the tokenizer's <|im_end|> and <|endoftext|> when not given."""
+    """Tokens that end the text; the tokenizer's `stop_ids` when not given."""
     speculate: int = 0
     """Tokens proposed ahead per step (see generation/speculation.py); for sample and greedy."""
 
@@ -63,6 +63,8 @@ class Completion:
     proposed: int = 0
     """Tokens proposed by speculation, of which `accepted` were taken."""
     accepted: int = 0
+    reused: int = 0
+    """Tokens of the prompt whose keys and values were copied from a text before or beside it instead of computed."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ class Running:
         self.begun = False  # whether the strategy has seen the prompt
         self.reads_prompt = False
         self.proposed = self.accepted = 0  # tokens of speculation
+        self.reused = 0  # tokens of the prompt that the first row did not compute
         self.outputs: list[Tensor] = []  # the model's at the prompt, for a strategy that reads them
         self.guide: Guide | None = None  # of a text that has not begun
         self.completion: Completion | None = None
@@ -254,7 +257,8 @@ class Running:
         """Fix the result: what the first of these rows holds; the others stand beside it."""
         best, pieces = self._result(rows[0], finish)
         others = [self._result(row, finish)[0] for row in rows[1:] if row.finish != "dropped"]
-        self.completion = replace(best, others=others, proposed=self.proposed, accepted=self.accepted)
+        best = replace(best, proposed=self.proposed, accepted=self.accepted, reused=self.reused)
+        self.completion = replace(best, others=others)
         self._pieces += pieces
         self.rows = []
 

@@ -13,12 +13,13 @@ from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
 from nestling.core.storage import write_rows
 from nestling.core.types import Conversation, Message
-from nestling.generation.chat import ToolLoop, ask
+from nestling.generation.chat import Run, ToolLoop, ask, prompt_ids
 from nestling.generation.engine import Engine
+from nestling.generation.listening import Listener
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Piece, Running
-from nestling.tokenizer.conversation import render
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
+from nestling.tools import run as run_plainly
 
 CHAT_SAMPLING = Sampling(temperature=0.7, top_p=0.9, max_tokens=256)
 
@@ -38,6 +39,7 @@ class ChatSession:
         engine: may be shared with other sessions.
         system: the system message; empty for none.
         tools: names of the tools on offer.
+        run: answers their calls; a `Toolbox`'s own, for tools with settings.
         sampling: decoding parameters, changeable by `set`.
         seed: drives every reply; the same seed and the same words give the same conversation.
 
@@ -51,11 +53,14 @@ class ChatSession:
         *,
         system: str = "",
         tools: Sequence[str] = (),
+        run: Run = run_plainly,
         sampling: Sampling = CHAT_SAMPLING,
         seed: int = 0,
     ) -> None:
-        for name in tools:
-            registry.find("tools", name)
+        if run is run_plainly:
+            for name in tools:
+                registry.find("tools", name)
+        self._run = run
         self.engine, self.tools, self.sampling, self.seed = engine, tuple(tools), sampling, seed
         self.system = system
         self.history: list[Message] = []
@@ -117,12 +122,13 @@ class ChatSession:
 
     def _answer(self, prompt: list[Message]) -> Generator[Event, None, None]:
         self._replies += 1
-        loop = ToolLoop(self.engine.tokenizer, self.tools)
+        loop = ToolLoop(self.engine.tokenizer, self.tools, run=self._run)
         seed = stream_seed(self.seed, "chat", self._replies)
         request = ask(self.engine.tokenizer, prompt, self.sampling, seed, loop)
         running = self.engine.submit(request, stream=True)
         try:
-            yield from _events(self.engine.pieces(running), loop)
+            listener = Listener(self.engine.tokenizer, loop.tools)
+            yield from _events(listener.listen(self.engine.pieces(running)), loop)
         finally:
             self._keep(running, loop)
 
@@ -141,7 +147,7 @@ class ChatSession:
         system = [Message(role="system", content=self.system)] if self.system else []
         for start in starts:
             prompt = [*system, *self.history[start:]]
-            length = len(render(self.engine.tokenizer, prompt, self.tools, prompt=True).ids)
+            length = len(prompt_ids(self.engine.tokenizer, prompt, self.tools))
             if length <= room or (start == starts[-1] and length < self.engine.capacity):
                 self.forgotten = start
                 return prompt

@@ -168,7 +168,7 @@ class Slots:
         if pairs:
             self._copy([source.slot for source, _, _ in pairs], [row.slot for _, _, row in pairs])
         for _, running, row in pairs:
-            row.cached = len(running.prompt) - 1
+            _reuse(running, row, len(running.prompt) - 1)
 
     def _load(self, running: Running, row: Row) -> None:
         """Take the beginning of a prompt from what was kept, where that is more than the row has."""
@@ -177,7 +177,7 @@ class Slots:
         if missing < BLOCK or running.reads_prompt or self.prefixes is None:
             return
         if self.prefixes.known(prompt) > row.cached:
-            row.cached = self.prefixes.load(prompt, row.slot)
+            _reuse(running, row, self.prefixes.load(prompt, row.slot))
 
     def _mark(self, running: Running, row: Row) -> tuple[int, ...]:
         """Equal for rows that would compute the same tokens now."""
@@ -250,6 +250,13 @@ class Slots:
         cache = self.cache
         cache.lengths[: len(self.table)] = torch.tensor([row.cached for _, row in self.table])
         return cache
+
+
+def _reuse(running: Running, row: Row, length: int) -> None:
+    """So many tokens of the prompt are in the row now, by copying; for the request those of its first row count."""
+    if row is running.rows[0]:
+        running.reused += length - row.cached
+    row.cached = length
 
 
 def _text(running: Running) -> tuple[int, ...]:

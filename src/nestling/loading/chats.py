@@ -15,7 +15,6 @@ from nestling.loading.order import EpochOrder, check_state
 from nestling.loading.packing import PackedRows, Pieces
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
-from nestling.tokenizer.special import PAD
 
 TooLong = Literal["error", "drop", "cut"]
 """What happens to an item that does not fit the context: stop, leave it out and count it, or keep its beginning."""
@@ -55,7 +54,7 @@ class ChatLoader:
         self.conversations = len(ids)
         lengths = np.array([len(part) for part in ids], dtype=np.int64)
         pieces = Pieces(np.cumsum(lengths) - lengths, lengths - 1)
-        self._packed = PackedRows(np.concatenate(ids), np.concatenate(learnt), pieces, context, tokenizer.id(PAD))
+        self._packed = PackedRows(np.concatenate(ids), np.concatenate(learnt), pieces, context, tokenizer.filler)
         self.row_count = len(self._packed)
         self.order = EpochOrder(self.row_count, seed, "chats")
 

@@ -17,7 +17,6 @@ from nestling.loading.chats import TooLong
 from nestling.loading.order import EpochOrder, check_state
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render, reply_ids
-from nestling.tokenizer.special import PAD
 
 _MULTIPLE = 32  # rows are padded to a multiple of this many slots: few shapes, little waste
 
@@ -110,7 +109,7 @@ class RankingLoader:
     ) -> None:  # fmt: skip
         self.context, self.batch_prompts, self.seed, self.too_long = context, batch_prompts, seed, too_long
         self.dropped = self.cut = self.dropped_rankings = 0
-        self._tokenizer, self._pad = tokenizer, tokenizer.id(PAD)
+        self._tokenizer, self._pad = tokenizer, tokenizer.filler
         groups = [self._group(number, ranking) for number, ranking in enumerate(rankings)]
         self.groups = [group for group in groups if group is not None]
         self.dropped_rankings = len(groups) - len(self.groups)

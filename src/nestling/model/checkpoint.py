@@ -2,6 +2,8 @@
 
 config.json  model.safetensors (in parts above 4 GB)  tokenizer.json  tokenizer_config.json  generation_config.json
 nestling.json: where it comes from (provenance), versions, the tokenizer's hash
+
+A model with adapters is a folder of PEFT's instead, beside the tokenizer; it names the folder of its base model.
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ from torch import Tensor
 import nestling
 from nestling.core.errors import UserError
 from nestling.core.storage import atomic_folder, read_json, write_json
-from nestling.model import hub
+from nestling.model import adapters, hub, peft
 from nestling.model.decoder import Decoder, build
 from nestling.model.heads import LabelHead, Labeller, ScalarHead
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.special import END_OF_TEXT, PAD, TURN_END
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 4 * 10**9
@@ -63,26 +64,38 @@ def save(
 ) -> None:
     """Write the checkpoint folder; it appears whole or not at all, and replaces a checkpoint that stood there.
 
+    Of a model with adapters only what was learnt is written; its base stays where it is.
+
     Raises:
         UserError: tokenizer and model of different size, a full or read-only disk, or a folder that holds other things.
     """
     folder = Path(folder)
-    if tokenizer.vocab_size != model.config.vocab_size:
+    if tokenizer.vocab_size > model.config.vocab_size:  # published models pad theirs
         raise _mismatch(folder, tokenizer, model.config.vocab_size)
-    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+    held = (folder / "config.json").exists() or peft.is_adapter(folder)
+    if folder.exists() and not held and any(folder.iterdir()):
         raise UserError("holds other things than a checkpoint", where=folder, fix="choose an empty or new folder")
     with atomic_folder(folder) as place:
-        _save_weights(place, _tensors(model, head), shard_bytes)
-        tokens = _control_ids(tokenizer)
-        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-        config = {**_hub_config(model, head), **tokens, "dtype": dtype}
-        write_json(place / "config.json", {**config, "torch_dtype": dtype})  # "torch_dtype": transformers before 5
-        ends = [tokenizer.special[name] for name in (TURN_END, END_OF_TEXT) if name in tokenizer.special]
-        write_json(place / "generation_config.json", {**tokens, **({"eos_token_id": ends} if ends else {})})
+        origin: dict[str, Any] = {}
+        if (adapted := adapters.adaptation(model)) is not None:
+            peft.write(place, model, adapted, None if head is None else head.score.weight)
+            origin["base"] = peft.base_record(adapted, folder)
+        else:
+            _save_whole(place, model, tokenizer, head, shard_bytes)
+        write_json(place / "generation_config.json", tokenizer.generation_config)
         tokenizer.save(place, context=model.config.context)
         versions = {"nestling": nestling.__version__, "torch": torch.__version__}
-        origin = {"versions": versions, "tokenizer_hash": tokenizer.hash, "parameters": model.parameter_count()}
+        origin |= {"versions": versions, "tokenizer_hash": tokenizer.hash, "parameters": model.parameter_count()}
         write_json(place / "nestling.json", {**origin, "provenance": dict(provenance or {})})
+
+
+def _save_whole(
+    place: Path, model: Decoder, tokenizer: Tokenizer, head: ScalarHead | LabelHead | None, shard_bytes: int
+) -> None:
+    _save_weights(place, _tensors(model, head), shard_bytes)
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    config = {**_hub_config(model, head), **tokenizer.roles, "dtype": dtype}
+    write_json(place / "config.json", {**config, "torch_dtype": dtype})  # "torch_dtype": transformers before 5
 
 
 def _hub_config(model: Decoder, head: ScalarHead | LabelHead | None) -> dict[str, Any]:
@@ -92,19 +105,24 @@ def _hub_config(model: Decoder, head: ScalarHead | LabelHead | None) -> dict[str
 
 
 def load(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    merge: bool = True,
 ) -> Checkpoint:
-    """Read a checkpoint folder, Nestling's or any of a supported family.
+    """Read a checkpoint folder, Nestling's or any of a supported family, or the folder of an adapter.
 
     Args:
         dtype: of the weights in memory; None keeps the file's.
+        merge: add an adapter to the weights of its base; otherwise it stays beside them, to be trained further.
 
     Raises:
         UserError: not a checkpoint, unknown model_type, tensors missing, unexpected or mis-shaped, another tokenizer,
-            or a classifier.
+            a classifier, or an adapter without its base.
     """
     folder = Path(folder)
-    model, head = load_model(folder, device, dtype)
+    model, head = load_model(folder, device, dtype, merge=merge)
     if isinstance(head, LabelHead):
         raise UserError("this model labels texts, it writes none", where=folder, fix="name a chat model, or its run")
     tokenizer, provenance = _companions(folder, model)
@@ -139,7 +157,10 @@ def _companions(folder: Path, model: Decoder) -> tuple[Tokenizer, dict[str, Any]
     Raises:
         UserError: the tokenizer is not the model's.
     """
-    tokenizer = Tokenizer.load(folder)
+    holder = folder
+    while not (holder / "tokenizer.json").exists() and peft.is_adapter(holder):
+        holder = peft.base_folder(holder)
+    tokenizer = Tokenizer.load(holder)
     origin = read_json(folder / "nestling.json") if (folder / "nestling.json").exists() else {}
     expected = origin.get("tokenizer_hash", tokenizer.hash)
     # Published models pad their vocabulary, so only a tokenizer with more ids than the model is certainly another one.
@@ -149,10 +170,16 @@ def _companions(folder: Path, model: Decoder) -> tuple[Tokenizer, dict[str, Any]
 
 
 def load_model(
-    folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    merge: bool = True,
 ) -> tuple[Decoder, ScalarHead | LabelHead | None]:
     """The model (in evaluation mode) and its head, without the tokenizer; arguments and errors as in `load`."""
     folder = Path(folder)
+    if peft.is_adapter(folder):
+        return _load_adapted(folder, device, dtype, merge)
     if not (folder / "config.json").exists():
         raise UserError("not a checkpoint: it has no config.json", where=folder, fix="name a run or checkpoint folder")
     described = read_json(folder / "config.json")
@@ -162,9 +189,7 @@ def load_model(
     labels = hub.labels_of(described)
     head = LabelHead(config, labels) if labels else ScalarHead(config) if has_head else None
     if head is not None:
-        if found.get(HEAD_WEIGHT, torch.empty(0)).shape != head.score.weight.shape:
-            raise UserError("has no score.weight that fits", where=folder, fix="use a reward model or a classifier")
-        head.score.weight.data = found.pop(HEAD_WEIGHT).float().clone()
+        _fill_head(head, found.pop(HEAD_WEIGHT, None), folder)
     state = hub.import_weights(found, hub.export_weights(model.state_dict(), config), config, str(folder))
     # Cloned: a view into the file is not aligned as fresh memory is, which changes the last bits of matrix products.
     fresh = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -172,6 +197,28 @@ def load_model(
     target = dtype or model.embedding.weight.dtype
     model = _trainable(model.to(device=device, dtype=target))
     return model.eval(), head if head is None else head.to(device)
+
+
+def _load_adapted(
+    folder: Path, device: torch.device | str, dtype: torch.dtype | None, merge: bool
+) -> tuple[Decoder, ScalarHead | LabelHead | None]:
+    """The base model with the adapter of a folder, added to its weights or beside them."""
+    base = peft.base_folder(folder)
+    model, head = load_model(base, device, dtype)
+    score = peft.read(folder, base, model)
+    if score is not None:
+        head = ScalarHead(model.config)
+        _fill_head(head, score, folder)
+        head = head.to(device)
+    if merge:
+        adapters.merge(model).requires_grad_(True)
+    return model.eval(), head
+
+
+def _fill_head(head: ScalarHead | LabelHead, weight: Tensor | None, folder: Path) -> None:
+    if weight is None or weight.shape != head.score.weight.shape:
+        raise UserError("has no score.weight that fits", where=folder, fix="use a reward model or a classifier")
+    head.score.weight.data = weight.float().clone()
 
 
 def _trainable(model: Decoder) -> Decoder:
@@ -230,14 +277,6 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
                     yield key, file.get_tensor(key)
         except SafetensorError as error:
             raise UserError(f"damaged weights: {error}", where=folder / name, fix="copy or train it again") from None
-
-
-def _control_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that readers of config.json look for; a chat model's turn ends with its own token."""
-    special = tokenizer.special
-    end = special.get(TURN_END, special.get(END_OF_TEXT))
-    found = {"bos_token_id": special.get(END_OF_TEXT), "eos_token_id": end, "pad_token_id": special.get(PAD)}
-    return {name: number for name, number in found.items() if number is not None}
 
 
 def _mismatch(folder: Path, tokenizer: Tokenizer, size: int) -> UserError:

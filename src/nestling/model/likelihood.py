@@ -109,26 +109,28 @@ class _Logprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
     ) -> Tensor:
-        size = _chunk_size(weight, chunk)
+        logits = _Logits(hidden, weight, temperature, _chunk_size(weight, chunk))
         out = torch.empty(targets.shape, device=hidden.device)
         normaliser = torch.empty_like(out)
-        for part in _parts(len(hidden), size):
-            scaled = _logits(hidden[part], weight, temperature)
-            normaliser[part] = scaled.logsumexp(-1)
-            out[part] = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser[part]
+        for part in _parts(len(hidden), logits.rows):
+            scaled = logits.of(part)
+            chosen = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+            top = scaled.amax(1, keepdim=True)
+            normaliser[part] = scaled.sub_(top).exp_().sum(1).log_() + top.squeeze(1)
+            out[part] = chosen - normaliser[part]
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.temperature, ctx.size = temperature, size
+        ctx.temperature, ctx.size = temperature, logits.rows
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         scale = gradients[0] / -ctx.temperature  # d -log p / d z = (p - onehot) / τ
-        total = _Gradients(hidden, weight)
+        logits = _Logits(hidden, weight, ctx.temperature, ctx.size)
+        total = _Gradients(logits)
         for part in _parts(len(hidden), ctx.size):
-            scaled = _logits(hidden[part], weight, ctx.temperature)
-            p = scaled.sub_(normaliser[part].unsqueeze(1)).exp_()
-            total.add(part, p, targets[part], scale[part])
+            p = logits.of(part).sub_(normaliser[part].unsqueeze(1)).exp_()
+            total.add(part, p.mul_(scale[part].unsqueeze(1)), targets[part], scale[part])
         return total.hidden, total.weight.to(weight.dtype), None, None, None
 
 
@@ -141,15 +143,16 @@ class _LossSum(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None
     ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
-        total = _Gradients(hidden, weight) if any(ctx.needs_input_grad[:2]) else None
-        for part in _parts(len(hidden), _chunk_size(weight, chunk)):
-            scaled = _logits(hidden[part], weight, 1.0)
-            normaliser = scaled.logsumexp(-1)
-            found = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - normaliser
-            loss -= (found * weights[part]).sum()
+        logits = _Logits(hidden, weight, 1.0, _chunk_size(weight, chunk))
+        total = _Gradients(logits) if any(ctx.needs_input_grad[:2]) else None
+        for part in _parts(len(hidden), logits.rows):
+            scaled, scale = logits.of(part), weights[part]
+            scaled.sub_(scaled.amax(1, keepdim=True))
+            chosen = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1)
+            sums = scaled.exp_().sum(1)
+            loss += ((sums.log() - chosen) * scale).sum()
             if total is not None:
-                p = scaled.sub_(normaliser.unsqueeze(1)).exp_()
-                total.add(part, p, targets[part], weights[part])
+                total.add(part, scaled.mul_((scale / sums).unsqueeze(1)), targets[part], scale)
         if total is not None:
             ctx.save_for_backward(total.hidden, total.weight)
             ctx.dtype = weight.dtype
@@ -162,34 +165,47 @@ class _LossSum(torch.autograd.Function):
         return to_hidden * factor.to(to_hidden.dtype), (to_weight * factor).to(ctx.dtype), None, None, None
 
 
+class _Logits:
+    """Logits / τ of `rows` tokens at a time, [n, V] float32. Each chunk overwrites the last: fresh memory costs more time
+    than what is computed in it."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, rows: int) -> None:
+        self.hidden, self.weight, self.temperature = hidden, weight, temperature
+        self.rows = min(rows, max(1, len(hidden)))
+        self.products = hidden.new_empty(self.rows, weight.shape[0])
+        self.wide = self.products.float()
+
+    def of(self, part: slice) -> Tensor:
+        """The chunk's logits, the caller's to overwrite."""
+        hidden = self.hidden[part]
+        with torch.autocast(hidden.device.type, enabled=False):
+            products = torch.mm(hidden, self.weight.T, out=self.products[: len(hidden)])
+        wide = self.wide[: len(hidden)].copy_(products)
+        return wide if self.temperature == 1.0 else wide.div_(self.temperature)
+
+
 class _Gradients:
     """Gradients of the output layer, filled chunk by chunk: for `hidden` [N, D] in its own dtype, for the weight [V, D]
     in float32, since all chunks add to it."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.inputs = hidden, weight
-        self.hidden = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32)
+    def __init__(self, logits: _Logits) -> None:
+        self.logits = logits
+        self.hidden = torch.empty_like(logits.hidden)
+        self.weight = torch.zeros_like(logits.weight, dtype=torch.float32)
+        self.share = torch.empty_like(logits.weight)
 
     def add(self, part: slice, p: Tensor, targets: Tensor, scale: Tensor) -> None:
-        """One chunk of Σ scale · -log p(target): dz = scale · (p - onehot). `p` [n, V] is used up."""
-        hidden, weight = self.inputs
+        """One chunk of Σ scale · -log p(target): dz = scale · (p - onehot). `p` [n, V] holds scale · p and is used up."""
+        hidden = self.logits.hidden[part]
         with torch.autocast(hidden.device.type, enabled=False):
-            p.scatter_add_(1, targets.unsqueeze(1), torch.full_like(p[:, :1], -1.0))
-            dz = p.mul_(scale.unsqueeze(1)).to(hidden.dtype)
-            self.hidden[part] = dz @ weight
-            self.weight += dz.T @ hidden[part]
+            p.scatter_add_(1, targets.unsqueeze(1), -scale.unsqueeze(1))
+            dz = self.logits.products[: len(p)].copy_(p)
+            torch.mm(dz, self.logits.weight, out=self.hidden[part])
+            self.weight += torch.mm(dz.T, hidden, out=self.share)
 
 
 def _parts(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[n, D], [V, D] -> logits / τ, [n, V] float32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden, weight).float()
-    return logits if temperature == 1.0 else logits / temperature
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

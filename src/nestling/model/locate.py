@@ -6,23 +6,24 @@ from pathlib import Path
 
 from nestling.core.errors import UserError
 from nestling.core.storage import read_json
+from nestling.model import peft
 
 MODEL = "model"  # folder of the checkpoint inside a stage's folder
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder with config.json behind `path`.
+    """The folder with config.json (or with an adapter) behind `path`.
 
     Args:
-        path: a checkpoint folder, a stage folder that holds `model/`, or a run folder, of which the last finished stage
-            with a generating model is meant (a reward model answers nothing).
+        path: a checkpoint or adapter folder, a stage folder that holds `model/`, or a run folder, of which the last
+            finished stage with a generating model is meant (a reward model answers nothing).
 
     Raises:
         UserError: no checkpoint is there.
     """
     path = Path(path)
     for candidate in (path, path / MODEL):
-        if (candidate / "config.json").exists():
+        if (candidate / "config.json").exists() or peft.is_adapter(candidate):
             return candidate
     if (path / "recipe.json").exists():
         for spec in reversed(read_json(path / "recipe.json")["stages"]):
@@ -33,6 +34,8 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def _generates(folder: Path) -> bool:
+    if peft.is_adapter(folder):
+        return peft.writes_text(folder)
     if not (folder / "config.json").exists():
         return False
     names = read_json(folder / "config.json").get("architectures") or [""]

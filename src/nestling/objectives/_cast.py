@@ -21,7 +21,7 @@ from nestling.model.likelihood import token_logprobs
 from nestling.objectives._episodes import Episode, closed, pad
 from nestling.objectives._materials import Materials
 from nestling.objectives._returns import divergence
-from nestling.objectives._scoring import by_length, pad_ids
+from nestling.objectives._scoring import pad_ids, read_together
 from nestling.tokenizer.bpe import Tokenizer
 
 
@@ -89,14 +89,17 @@ class Verdicts:
 
 
 def score(cast: Cast, episodes: Sequence[Episode], *, end: int, temperature: float, budget: int) -> Verdicts:
-    """Let policy, reference, reward model and scorer judge the episodes; at most ``budget`` padded tokens at a time."""
+    """Let policy, reference, reward model and scorer judge the episodes; at most ``budget`` padded tokens at a time.
+
+    Every process gives all episodes and gets all verdicts; each model's reading is shared out.
+    """
     padded = pad(episodes, end)
     tokens, lengths, actions = (x.to(cast.device) for x in (padded.tokens, padded.lengths, padded.actions))
     targets = action_targets(tokens, actions)
 
     def logprobs(model: Decoder) -> Tensor:
         read = partial(token_logprobs, model, temperature=temperature)
-        return by_length(read, lengths, budget, tokens, targets)
+        return read_together(read, lengths, budget, tokens, targets)
 
     acted = logprobs(cast.policy)
     return Verdicts(
@@ -119,7 +122,7 @@ def action_targets(tokens: Tensor, actions: Tensor) -> Tensor:
 def reward_scores(cast: Cast, replies: Sequence[Sequence[int]], budget: int) -> Tensor:
     """The reward model's score ``[N]`` of whole token sequences, read at their last token, which closes the reply."""
     tokens, lengths = (x.to(cast.device) for x in pad_ids(replies, 0))
-    scores = by_length(cast.reward, lengths, budget, tokens)
+    scores = read_together(cast.reward, lengths, budget, tokens)
     return scores.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
 
 

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from nestling.core.types import PromptRow
-from nestling.generation.chat import replies
+from nestling.generation.chat import prompt_ids, replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.objectives._scoring import pad_ids
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import render
-from nestling.tokenizer.special import TURN_END
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,14 @@ class Episode:
 
 
 def collect(
-    engine: Engine, tokenizer: Tokenizer, rows: Sequence[PromptRow], sampling: Sampling, seed: int
+    engine: Engine, tokenizer: Tokenizer, rows: Sequence[PromptRow], sampling: Sampling, seed: int, first: int = 0
 ) -> list[Episode]:
-    """One reply to every row, in order, through the engine."""
+    """One reply to every row, in order, through the engine; `first` as in `chat.replies`."""
     episodes = []
-    for row, answer in zip(rows, replies(engine, rows, sampling, seed), strict=True):
-        prompt = render(tokenizer, row.prompt, row.tools, prompt=True).ids
+    for row, answer in zip(rows, replies(engine, rows, sampling, seed, first=first), strict=True):
+        prompt = prompt_ids(tokenizer, row.prompt, row.tools)
         done = answer.completion
-        ended = done.ids[-1] == tokenizer.id(TURN_END)
+        ended = done.ids[-1] in tokenizer.turn_ends
         episodes.append(Episode(row, prompt, list(done.ids), list(done.sampled), answer.text, ended))
     return episodes
 

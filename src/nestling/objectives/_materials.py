@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from nestling.core.config import nearest
 from nestling.core.errors import UserError
 from nestling.core.runtime import Runtime
 from nestling.model import checkpoint
+from nestling.model.adapters import adaptation, copied
 from nestling.model.checkpoint import Checkpoint
 
 
@@ -24,7 +24,7 @@ class Materials:
     Args:
         folder: of the stage, for whatever the objective writes.
         paths: folders that the stage reads, by role.
-        models: checkpoints that exist only in memory, by role (the fresh model of pre-training).
+        models: checkpoints that exist only in memory, by role (the fresh model of pre-training, one with adapters).
         given: what the stage made for the objective: loaders, held-out rows, scorers.
     """
 
@@ -44,13 +44,13 @@ class Materials:
         return _pick(self.paths, role, "this objective needs an input that the stage doesn't have")
 
     def model(self, role: str) -> Checkpoint:
-        """A fresh copy of a role's model to train: float32, on the runtime's device. Two calls share nothing.
+        """A fresh copy of a role's model to train, on the runtime's device. Two calls share only what is frozen.
 
         Raises:
             UserError: no such role, or its folder is no checkpoint.
         """
         if role in self.models:
-            return _moved(copy.deepcopy(self.models[role]), self.runtime)
+            return _moved(_copied(self.models[role]), self.runtime)
         return checkpoint.load(self.path(role), self.runtime.device)
 
     def frozen(self, role: str) -> Checkpoint:
@@ -61,7 +61,8 @@ class Materials:
         """
         if role in self.models:
             found = self.model(role)
-            found.model.to(self.runtime.dtype)
+            if adaptation(found.model) is None:  # otherwise its frozen weights are also those of the one that learns
+                found.model.to(self.runtime.dtype)
         else:
             found = checkpoint.load(self.path(role), self.runtime.device, self.runtime.dtype)
         for part in (found.model, found.head):
@@ -78,10 +79,14 @@ class Materials:
         return _pick(self.given, name, "this objective needs something that the stage doesn't give")
 
 
+def _copied(found: Checkpoint) -> Checkpoint:
+    return replace(found, model=copied(found.model), head=None if found.head is None else copied(found.head))
+
+
 def _moved(found: Checkpoint, runtime: Runtime) -> Checkpoint:
-    found.model.to(runtime.device).requires_grad_(True)
+    found.model.to(runtime.device)
     if found.head is not None:
-        found.head.to(runtime.device).requires_grad_(True)
+        found.head.to(runtime.device)
     return found
 
 

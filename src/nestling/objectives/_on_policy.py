@@ -11,6 +11,9 @@ prompts, the best policy so far, the state for resuming. Tokens that were forced
 never actions. A reply cut by the token limit is scored as if it were closed, minus a penalty, so that the reward model
 never reads a form that it was not trained on.
 
+Several processes share the work and not the knowledge: each answers its part of the prompts, each model reads each reply
+in one of them, and all know all verdicts, so that whatever is computed over the whole batch is the same on any number.
+
 The engine computes in the dtype of the policy's weights, which the loop keeps in bf16 under `precision: auto` where the
 hardware is fast at it; log-probabilities that are learnt from are computed anew by the learner's own code.
 """
@@ -28,20 +31,20 @@ from torch import Tensor, nn
 
 from nestling.core.config import Config
 from nestling.core.errors import UserError
-from nestling.core.ranks import sum_over_ranks
+from nestling.core.ranks import gather, reader, readers, sum_over_ranks
 from nestling.core.runtime import stream_seed, torch_stream
 from nestling.core.types import Message, PromptRow
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.loading.batches import TokenBatch
+from nestling.model.adapters import trained
 from nestling.model.decoder import Decoder
 from nestling.model.likelihood import next_token_loss_sum, token_logprobs
 from nestling.objectives import _returns
 from nestling.objectives._cast import Cast, Verdicts, action_targets, reward_scores, score
-from nestling.objectives._episodes import collect
-from nestling.objectives._share import mean_over_ranks, own_share
+from nestling.objectives._episodes import Episode, collect
+from nestling.objectives._share import fair_share
 from nestling.tokenizer.conversation import render, reply_ids
-from nestling.tokenizer.special import TURN_END
 from nestling.training.contract import Objective, Term, Update
 
 
@@ -130,19 +133,20 @@ class OnPolicy(Objective):
             raise UserError("the loader gives another number of prompts", where="rollouts", value=settings.rollouts)
         if settings.text_weight and cast.texts is None:
             raise UserError("mixing in pre-training loss needs text", where="text_weight", value=settings.text_weight)
+        fair_share(settings.rollouts // settings.minibatches, "rollouts per minibatch")
         self.settings, self.cast, self.seed = settings, cast, seed
         for frozen in (cast.reference, cast.reward):
             frozen.requires_grad_(False)
         for model in (cast.policy, cast.reference, cast.reward):
             without_dropout(model)
         self.engine = Engine(cast.policy, cast.tokenizer, rows=settings.rollouts)
-        self.end = cast.tokenizer.id(TURN_END)
+        self.end = cast.tokenizer.turn_end
         self.beta = settings.beta
         self.best: dict[str, Tensor] = {}
         self.best_figures: dict[str, float] = {}
         self._kl, self._held_out_kl = 0.0, 0.0
         self._metrics: dict[str, float] = {}
-        self._tally: dict[str, float] = {}
+        self._tally = {"clipped": 0.0, "actions": 0.0}
 
     # --- what an algorithm says ----------------------------------------------------------------------------------
 
@@ -158,8 +162,8 @@ class OnPolicy(Objective):
         losses, clipped = _returns.clipped_policy_losses(
             logprobs, microbatch.logprobs, microbatch.advantages, microbatch.actions, self.settings.clip
         )
-        self._tally["clipped"] = self._tally.get("clipped", 0.0) + float(clipped.sum())
-        self._tally["actions"] = self._tally.get("actions", 0.0) + float(microbatch.actions.sum())
+        self._tally["clipped"] += float(clipped.sum())
+        self._tally["actions"] += float(microbatch.actions.sum())
         return [Term("policy_loss", losses.sum(), per="tokens")]
 
     def rewards(self, verdicts: Verdicts) -> Tensor:
@@ -189,7 +193,7 @@ class OnPolicy(Objective):
         if self.cast.held_out and not self.best:
             self.validate()  # The starting policy is a candidate too: a run that only harms gives it back.
         experience = self.experience(step)
-        self._tally = {}
+        self._tally = {"clipped": 0.0, "actions": 0.0}
         parts = self.settings.minibatches
         for epoch in range(self.settings.epochs):
             stream = torch_stream(self.seed, f"{self.name} order", step, epoch)
@@ -201,30 +205,33 @@ class OnPolicy(Objective):
 
     def experience(self, step: int) -> Experience:
         """Sample, score and weigh one batch."""
-        start, stop = own_share(self.settings.prompts, f"{self.name}.rollouts")
-        prompts = self.cast.prompts.batch(step - 1)[start:stop]
+        prompts = self.cast.prompts.batch(step - 1)
         rows = [prompt.row for prompt in prompts for _ in range(self.settings.samples_per_prompt)]
-        verdicts = self._answer(rows, stream_seed(self.seed, f"{self.name} replies", step, start))
+        verdicts = self._answer(rows, stream_seed(self.seed, f"{self.name} replies", step, 0))
         experience, figures = self.weigh(verdicts)
-        self._metrics = mean_over_ranks(verdicts.figures() | figures)
+        self._metrics = verdicts.figures() | figures
         return experience
 
     def _answer(self, rows: Sequence[PromptRow], seed: int) -> Verdicts:
-        """The current policy's replies, scored."""
+        """The current policy's replies, scored; every process answers its share of the rows and learns of all."""
+        start, stop = fair_share(len(rows))
+        mine = collect(self.engine, self.cast.tokenizer, rows[start:stop], self.settings.sampling, seed, start)
+        written = [(e.prompt, e.reply, e.sampled, e.text, e.ended) for e in mine]
+        every = [episode for part in gather(written) for episode in part] if readers() > 1 else written
+        episodes = [Episode(row, *parts) for row, parts in zip(rows, every, strict=True)]
         temperature, budget = self.settings.temperature, self.settings.score_tokens
-        episodes = collect(self.engine, self.cast.tokenizer, rows, self.settings.sampling, seed)
         return score(self.cast, episodes, end=self.end, temperature=temperature, budget=budget)
 
     def _update(self, minibatch: Experience, draw: int) -> Update:
-        """A minibatch in pieces of similar length, and its share of text."""
-        by_size = torch.argsort(minibatch.lengths, stable=True)
+        """This process's share of a minibatch in pieces of similar length, and of its text."""
+        by_size = torch.argsort(minibatch.lengths, stable=True)[reader() :: readers()]
         pieces: list[Any] = [minibatch.take(rows) for rows in by_size.chunk(self.settings.microbatches)]
         counts = {"tokens": float(minibatch.actions.sum()), "replies": float(len(minibatch.lengths))}
         if self.settings.text_weight and self.cast.texts:
             text = self.cast.texts.batch(draw)
-            pieces.append(text.to(self.cast.device))
+            pieces.append(text.rows(*fair_share(len(text), "text_rows")).to(self.cast.device))
             counts["text_tokens"] = float(text.weights.sum())
-        return Update(pieces, sum_over_ranks(counts))
+        return Update(pieces, counts)
 
     def terms(self, microbatch: Experience | TokenBatch) -> list[Term]:
         """The algorithm's loss on replies, or the pre-training loss on text."""
@@ -240,8 +247,8 @@ class OnPolicy(Objective):
         """After the last update: the clip fraction, and the coefficient of the next step."""
         self._kl = self._metrics["kl"]
         self._metrics["beta"] = self.beta
-        if self._tally:
-            self._metrics["clip_fraction"] = self._tally["clipped"] / max(self._tally["actions"], 1.0)
+        tally = sum_over_ranks(self._tally)
+        self._metrics["clip_fraction"] = tally["clipped"] / max(tally["actions"], 1.0)
         if self.settings.kl_target:
             target, horizon = self.settings.kl_target, self.settings.horizon
             self.beta = _returns.next_beta(
@@ -262,11 +269,10 @@ class OnPolicy(Objective):
         if not self.cast.held_out:
             return {}
         figures = self._answer(self.cast.held_out, stream_seed(self.seed, f"{self.name} held out")).figures()
-        figures = mean_over_ranks(figures)
         within = self.settings.kl_budget is None or figures["kl"] <= self.settings.kl_budget
         if within and figures["proxy_reward"] > self.best_figures.get("proxy_reward", float("-inf")):
             self.best_figures = figures
-            self.best = {name: x.detach().to("cpu", copy=True) for name, x in self.cast.policy.state_dict().items()}
+            self.best = {name: x.detach().to("cpu", copy=True) for name, x in trained(self.cast.policy).items()}
         self._held_out_kl = figures["kl"]
         return {f"val_{name}": value for name, value in figures.items()}
 
@@ -280,7 +286,7 @@ class OnPolicy(Objective):
     def restore_best(self) -> dict[str, float]:
         """Put the best policy so far in place and return its held-out figures (empty when nothing was validated)."""
         if self.best:
-            self.cast.policy.load_state_dict(self.best)
+            self.cast.policy.load_state_dict(self.best, strict=False)  # what is frozen is as it was
         return self.best_figures
 
     def proxy_scores(self, rows: Sequence[PromptRow], texts: Sequence[str]) -> list[float]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nestling.core.ranks import reader, readers, sum_tensor
+
 
 def pad_ids(sequences: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[N, T]`` and their lengths ``[N]``."""
@@ -45,3 +47,14 @@ def by_length(score: Callable[..., Tensor], lengths: Tensor, budget: int, *input
         width = int(lengths[group].max())
         result[group, :width] = score(*(x[group, :width] for x in inputs)).float()
     return result
+
+
+def read_together(score: Callable[..., Tensor], lengths: Tensor, budget: int, *inputs: Tensor) -> Tensor:
+    """`by_length`, where every process gives the same rows, reads its share of them, and gets the numbers of all."""
+    if readers() == 1:
+        return by_length(score, lengths, budget, *inputs)
+    result = torch.zeros(inputs[0].shape, dtype=torch.float32, device=inputs[0].device)
+    mine = torch.argsort(lengths, stable=True)[reader() :: readers()]
+    if len(mine):
+        result[mine] = by_length(score, lengths[mine], budget, *(x[mine] for x in inputs))
+    return sum_tensor(result)

@@ -1,9 +1,9 @@
-"""What one process among several needs: its part of a batch, and figures of all of them."""
+"""What one process among several needs: its part of a batch, where all of them know what the whole batch is."""
 
 from __future__ import annotations
 
 from nestling.core.errors import UserError
-from nestling.core.ranks import reader, readers, sum_over_ranks
+from nestling.core.ranks import reader, readers
 
 
 def own_share(count: int, what: str) -> tuple[int, int]:
@@ -19,7 +19,13 @@ def own_share(count: int, what: str) -> tuple[int, int]:
     return reader() * size, (reader() + 1) * size
 
 
-def mean_over_ranks(figures: dict[str, float]) -> dict[str, float]:
-    """Each figure averaged over the ranks, which hold equally many items: all of them then decide alike."""
-    total = sum_over_ranks(figures | {"ranks": 1.0})
-    return {name: total[name] / total["ranks"] for name in figures}
+def fair_share(count: int, what: str | None = None) -> tuple[int, int]:
+    """[start, stop) of this process's items out of ``count``, some getting one more than others; for uneven callers.
+
+    Raises:
+        UserError: somebody would get none. ``what`` names the setting; without a name that is allowed.
+    """
+    if what and count < readers():
+        fix = f"use at least {readers()}"
+        raise UserError("fewer than there are processes", where=what, value=count, fix=fix)
+    return reader() * count // readers(), (reader() + 1) * count // readers()

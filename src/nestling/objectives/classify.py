@@ -24,7 +24,7 @@ from nestling.model.heads import LabelHead, Labeller
 from nestling.objectives import _toys
 from nestling.objectives._materials import Materials
 from nestling.objectives._scoring import length_groups
-from nestling.objectives._share import own_share
+from nestling.objectives._share import fair_share
 from nestling.training.contract import Objective, Term, Update
 
 READS = ("model",)
@@ -58,7 +58,7 @@ class Classify(Objective):
     def updates(self, step: int) -> Iterator[Update]:
         """One update: the step's texts, in pieces."""
         batch = self.texts.batch(step - 1)
-        start, stop = own_share(len(batch), "moderation.batch_rows")
+        start, stop = fair_share(len(batch), "batch_rows")
         batch = batch.rows(start, stop).to(self._device)
         self._right = self._judged = 0.0
         size = -(-len(batch) // self.settings.microbatches)
@@ -82,7 +82,8 @@ class Classify(Objective):
 
     def metrics(self) -> dict[str, float]:
         """The share of the step's judgements that were right before it learnt from them."""
-        return {"judgement_accuracy": self._right / self._judged} if self._judged else {}
+        total = sum_over_ranks({"right": self._right, "judged": self._judged})
+        return {"judgement_accuracy": total["right"] / total["judged"]} if total["judged"] else {}
 
     @torch.no_grad()
     def logits(self, texts: LabelLoader) -> Tensor:

@@ -13,13 +13,12 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
-from nestling.core.ranks import sum_over_ranks
 from nestling.model.heads import ScalarHead, Scored
 from nestling.objectives import _on_policy, _returns, _toys
 from nestling.objectives._cast import Cast, Verdicts, assemble, scored
 from nestling.objectives._materials import Materials
 from nestling.objectives._on_policy import Experience, OnPolicy, PolicySettings, without_dropout
-from nestling.objectives._scoring import by_length
+from nestling.objectives._scoring import read_together
 from nestling.training.contract import Term
 
 READS = ("policy", "reward")
@@ -65,12 +64,12 @@ class PPO(OnPolicy):
     def weigh(self, verdicts: Verdicts) -> tuple[Valued, dict[str, float]]:
         """Advantages and value targets from rewards and values; advantages whitened over the whole batch."""
         actions, budget = verdicts.actions, self.settings.score_tokens
-        values = by_length(self.value, verdicts.lengths, budget, verdicts.tokens)
+        values = read_together(self.value, verdicts.lengths, budget, verdicts.tokens)
         gamma, lam = self.settings.gamma, self.settings.lam
         advantages, returns = _returns.advantages_and_returns(
             self.rewards(verdicts), values, actions, gamma=gamma, lam=lam
         )
-        whitened = _returns.whiten(advantages, actions, sum_over_ranks(_returns.moments(advantages, actions)))
+        whitened = _returns.whiten(advantages, actions, _returns.moments(advantages, actions))
         explained = {"value_explained_variance": _returns.explained_variance(values[actions], returns[actions])}
         return Valued(
             verdicts.tokens, verdicts.lengths, actions, verdicts.logprobs, whitened, values=values, returns=returns

@@ -25,8 +25,8 @@ from nestling.model.heads import ScalarHead, Scored
 from nestling.objectives import _toys
 from nestling.objectives._materials import Materials
 from nestling.objectives._pairs import Bin, all_pairs, calibration_error, pair_losses, reliability, right
-from nestling.objectives._scoring import by_length, length_groups, pad_ids
-from nestling.objectives._share import own_share
+from nestling.objectives._scoring import length_groups, pad_ids, read_together
+from nestling.objectives._share import fair_share
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
 from nestling.training.contract import Objective, Term, Update
@@ -125,7 +125,7 @@ class Reward(Objective):
     def updates(self, step: int) -> Iterator[Update]:
         """One update: the step's prompts, in pieces of whole prompts."""
         batch = self.rankings.batch(step - 1)
-        start, stop = own_share(len(batch), "reward.prompts")
+        start, stop = fair_share(len(batch), "batch_prompts")
         batch = batch.rows(start, stop).to(self._device)
         self._hits = self._pairs = 0.0
         size = -(-len(batch) // self.settings.microbatches)
@@ -153,7 +153,8 @@ class Reward(Objective):
 
     def metrics(self) -> dict[str, float]:
         """The share of the step's training pairs that were in the right order before it learnt from them."""
-        return {"pairwise_accuracy": self._hits / self._pairs} if self._pairs else {}
+        total = sum_over_ranks({"hits": self._hits, "pairs": self._pairs})
+        return {"pairwise_accuracy": total["hits"] / total["pairs"]} if total["pairs"] else {}
 
     def judgements(self) -> dict[str, Judgement]:
         """How the held-out responses are ordered: "" against the grades, "noise_free_" against the true ones."""
@@ -164,7 +165,7 @@ class Reward(Objective):
         return found | ({"noise_free_": judge(scores, _values(self.truth))} if self.truth else {})
 
     def _scores(self, batch: RankingBatch) -> list[list[float]]:
-        scores = by_length(self.model, batch.lengths, self.settings.score_tokens, batch.ids.to(self._device))
+        scores = read_together(self.model, batch.lengths, self.settings.score_tokens, batch.ids.to(self._device))
         return _per_prompt(_final(scores.cpu(), batch.lengths), batch)
 
     def validate(self) -> dict[str, float]:
@@ -221,7 +222,7 @@ def reference_score(
         raise UserError("no reference response fits the context", where="references", value=len(references))
     tokens, lengths = pad_ids(rows, 0)
     device = next(model.parameters()).device
-    return float(_final(by_length(model, lengths, budget, tokens.to(device)).cpu(), lengths).mean())
+    return float(_final(read_together(model, lengths, budget, tokens.to(device)).cpu(), lengths).mean())
 
 
 def _up_to_reply(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from nestling import __version__
 from nestling.core.storage import write_json, write_text
-from nestling.report.checks import find_wrongs
+from nestling.report.checks import curve_of, find_wrongs
 from nestling.report.page import Contents, render
 from nestling.report.records import Row, Run, StageRecord, read_run
 from nestling.report.table import capability_table
+from nestling.training.health import summary
 
 FORMAT = 1  # raised when a key changes its meaning or goes
 KEPT_OF_A_CAPABILITY = ("value", "n", "bar", "higher_is_better", "interval")
@@ -85,6 +86,8 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
     model, ngram = stage.figure("val_bpb"), stage.figure("ngram_bpb")
     if model is not None and ngram:
         own.setdefault("bpb_against_ngram", model / ngram)
+    if stage.rows and (verdict := summary(curve_of(stage))):
+        own["verdict"] = verdict
     known = {"stage": stage.kind, "key": stage.key, "finished": stage.finished, "seconds": stage.seconds}
     return {**known, **own}
 

@@ -14,8 +14,9 @@ from typing import Literal
 
 from nestling.report.records import Points, Row, Run, StageRecord
 from nestling.report.table import TableRow
+from nestling.training.health import Curve, Expected, smooth, symptoms
 
-ENOUGH = 20  # logged points below which a curve says nothing
+MOST_EPOCHS = 4
 FEW_PROBLEMS = 50  # below this a share moves by several percent with each problem
 
 
@@ -44,29 +45,41 @@ def _not_finite(stage: StageRecord) -> Iterator[Finding]:
     broken = [row.get("step") for row in stage.rows if "loss" in row and row["loss"] is None]
     if broken:
         text = f"The loss was not a number in {len(broken)} of {len(stage.rows)} rows, first at step {broken[0]}: "
-        yield Finding("wrong", stage.name, text + "lower the learning rate or use a wider precision.")
+        yield Finding("wrong", stage.name, text + "try a third of training.learning_rate, or training.precision: fp32.")
 
 
-def _diverged(stage: StageRecord) -> Iterator[Finding]:
-    """The loss ended clearly above the best it had been; policies are left out, whose loss has no floor to fall to."""
-    points = smooth(stage.series("loss"))
-    if stage.trains_policy or len(points) < ENOUGH:
-        return
-    step, best = min(points, key=lambda point: point[1])
-    last = points[-1][1]
-    if best > 0 and last > 1.3 * best and last - best > 0.1:
-        text = f"The loss rose from {best:.3g} at step {step:.0f} to {last:.3g} at the end: training came apart."
+def _curve(stage: StageRecord) -> Iterator[Finding]:
+    """What the loss and the gradients say: see `training.health`."""
+    if stage.rows:
+        for symptom in symptoms(curve_of(stage)):
+            yield Finding("wrong", stage.name, f"{symptom.text} Try {symptom.fix}.")
+
+
+def curve_of(stage: StageRecord) -> Curve:
+    """A stage's rows beside what was expected of its loss."""
+    expected, rate = Expected(**(stage.report.get("expected") or {})), stage.setting("learning_rate") or 0.0
+    return Curve(stage.rows, expected, rate, stage.trains_policy, stage.figure("epochs"))
+
+
+def _repeated(stage: StageRecord) -> Iterator[Finding]:
+    """Text that is read more often than it should be, and held-out text that is no longer that."""
+    if (share := stage.figure("leaked_share") or 0.0) > 0.01:
+        text = f"{share:.0%} of the held-out documents stand in the training text word for word: held-out figures flatter. "
+        yield Finding("wrong", stage.name, text + "Try the corpus' de-duplication, or another seed of its split.")
+    if (share := stage.figure("copied_share") or 0.0) > 0.05:
+        text = f"{share:.0%} of the training documents are copies of another one. Try the corpus' de-duplication."
         yield Finding("wrong", stage.name, text)
-
-
-def _plateau(stage: StageRecord) -> Iterator[Finding]:
-    """Nothing was learnt at all; a curve that has flattened after learning is how training ends."""
-    points = smooth(stage.series("loss"))
-    if stage.trains_policy or len(points) < ENOUGH:
-        return
-    first, last = points[0][1], points[-1][1]
-    if abs(first - last) < 0.01 * abs(first):
-        yield Finding("wrong", stage.name, f"The loss hardly moved ({first:.3g} to {last:.3g}): nothing was learnt.")
+    if (share := stage.figure("repeated_share") or 0.0) > 0.01:
+        epochs = stage.figure("epochs") or 0.0
+        text = f"{share:.0%} of the rows came more often than {epochs:.2g} passes over the data explain: rows are copies of "
+        yield Finding(
+            "wrong", stage.name, text + "each other, or the loader repeats itself. Try the corpus' de-duplication."
+        )
+    if (epochs := stage.figure("epochs") or 0.0) > MOST_EPOCHS and stage.kind == "pretrain":
+        text = (
+            f"The text was read {epochs:.1f} times; beyond about {MOST_EPOCHS} a repetition teaches less than new text "
+        )
+        yield Finding("note", stage.name, text + "(Muennighoff et al. 2023). Try fewer training.steps, or most_epochs.")
 
 
 def _overfitted(stage: StageRecord) -> Iterator[Finding]:
@@ -77,7 +90,7 @@ def _overfitted(stage: StageRecord) -> Iterator[Finding]:
     last = held_out[-1][1]
     if last > 1.02 * best:
         text = f"On held-out text it was best at step {step:.0f} ({best:.3g}) and ended at {last:.3g}: "
-        text += "it began to learn its training data by heart. More data or fewer steps would help."
+        text += "it began to learn its training data by heart. Try more data, or fewer training.steps."
         yield Finding("wrong", stage.name, text)
 
 
@@ -85,13 +98,16 @@ def _no_better_than_counting(stage: StageRecord) -> Iterator[Finding]:
     model, ngram = stage.figure("val_bpb"), stage.figure("ngram_bpb")
     if model is not None and ngram is not None and model >= ngram:
         text = f"The network needs {model:.3f} bits per byte, the n-gram model only {ngram:.3f}: "
-        yield Finding("wrong", stage.name, text + "it has not learnt more than counting would.")
+        yield Finding(
+            "wrong", stage.name, text + "it has not learnt more than counting would. Try more training.steps."
+        )
 
 
 def _reward_by_chance(stage: StageRecord) -> Iterator[Finding]:
     accuracy = stage.figure("pairwise_accuracy")
     if accuracy is not None and accuracy < 0.55:
-        text = f"It orders {accuracy:.0%} of held-out pairs rightly; guessing gives 50 %."
+        text = f"It orders {accuracy:.0%} of held-out pairs rightly; guessing gives 50 %. "
+        text += "Try more training.steps, and look at the rankings."
         yield Finding("wrong", stage.name, text)
 
 
@@ -103,9 +119,9 @@ def _over_optimised(stage: StageRecord) -> Iterator[Finding]:
     step, best = max(true, key=lambda point: point[1])
     spread = best - min(value for _, value in true)
     at_best = next((value for at, value in proxy if at >= step), proxy[-1][1])
-    if spread > 0 and best - true[-1][1] > 0.25 * spread and proxy[-1][1] > at_best:
+    if best - true[-1][1] > max(0.25 * spread, 0.03 * abs(best)) and proxy[-1][1] > at_best:
         text = f"After step {step:.0f} the learnt reward rose on while the true reward fell from {best:.3g} to "
-        text += f"{true[-1][1]:.3g}: the policy exploits the reward model; stop earlier."
+        text += f"{true[-1][1]:.3g}: the policy exploits the reward model. Try a lower objective.kl_budget."
         yield Finding("wrong", stage.name, text)
 
 
@@ -118,14 +134,15 @@ def _steadiest(stage: StageRecord, name: str) -> Points:
 def _lost_to_sft(stage: StageRecord) -> Iterator[Finding]:
     win_rate = stage.figure("win_rate_vs_sft")
     if win_rate is not None and win_rate < 0.5:
-        text = f"Its answers win against the SFT model's in only {win_rate:.0%} of the prompts."
+        text = f"Its answers win against the SFT model's in only {win_rate:.0%} of the prompts. Try a higher objective.beta."
         yield Finding("wrong", stage.name, text)
 
 
 def _entropy_gone(stage: StageRecord) -> Iterator[Finding]:
     points = smooth(stage.series("entropy"))
     if len(points) >= 4 and points[0][1] > 0 and points[-1][1] < 0.2 * points[0][1]:
-        text = f"Entropy fell from {points[0][1]:.2g} to {points[-1][1]:.2g}: the policy hardly varies any more."
+        text = f"Entropy fell from {points[0][1]:.2g} to {points[-1][1]:.2g}: "
+        text += "the policy hardly varies any more. Try objective.entropy_bonus."
         yield Finding("note", stage.name, text)
 
 
@@ -179,22 +196,11 @@ def answer_columns(answers: list[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in answers for key in row if key not in ("prompt", "kind")))
 
 
-def smooth(points: Points, share: float = 0.02) -> Points:
-    """Exponential moving average over about `share` of the points, started without bias towards the first one."""
-    decay = 1 - 1 / max(1.0, share * len(points))
-    total = weight = 0.0
-    smoothed = []
-    for step, value in points:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append((step, total / weight))
-    return smoothed
-
-
 STAGE_RULES = (
     _unfinished,
     _not_finite,
-    _diverged,
-    _plateau,
+    _curve,
+    _repeated,
     _overfitted,
     _no_better_than_counting,
     _reward_by_chance,

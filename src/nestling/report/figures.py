@@ -14,8 +14,8 @@ from html import escape
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from nestling.report.checks import smooth
 from nestling.report.records import Points, Run, StageRecord, number
+from nestling.training.health import smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 from nestling import __version__
 from nestling.report.checks import Finding, answer_columns
 from nestling.report.figures import draw, plots
+from nestling.report.grids import moderation_tables, policies_table, text
 from nestling.report.records import Row, Run, StageRecord, number
 from nestling.report.table import TableRow, short, spoken
 
@@ -24,7 +23,6 @@ SYNTHETIC = (
 MODEL_NAMES = {"base": "base model", "sft": "after SFT", "ppo": "after PPO", "aligned": "after alignment"}
 NOTHING = '<i class="soft">nothing</i>'
 MOST_SAMPLES = 12
-NOT_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,6 @@ def render(contents: Contents) -> str:
     )
 
 
-def text(value: object) -> str:
-    """Escaped for HTML; control characters and lone surrogates, which no page may hold, become �."""
-    return escape(NOT_TEXT.sub("�", str(value)))
-
-
 def _framed(section: Section) -> str:
     lead = f'<p class="soft">{section.lead}</p>' if section.lead else ""
     return f'<section id="{section.anchor}"><h2>{text(section.title)}</h2>{lead}{section.body}</section>'
@@ -81,6 +74,10 @@ def _sections(contents: Contents) -> Iterator[Section]:
     yield Section("table", "What it can do", _table(contents.table), lead)
     lead = "The same problems for each model; what aligning cost shows where a share falls."
     yield Section("models", "Model by model", _by_model(run), lead)
+    lead = "On texts held out, each judged by thresholds that other texts chose."
+    yield Section("moderation", "Moderation", "".join(map(moderation_tables, run.of_kind("moderation"))), lead)
+    lead = "The same held-out prompts under every way of choosing who answers; cost as a share of the dearest one's."
+    yield Section("routing", "Accuracy against cost", "".join(map(policies_table, run.of_kind("router"))), lead)
     yield Section("wrong", "What looks wrong", _findings(contents.findings))
     lead = "The same prompts, answered by the models of this run one after the other."
     yield Section("answers", "Before and after", "".join(_talks(contents.answers)), lead)

@@ -11,11 +11,13 @@ import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from nestling.core.runtime import stream_seed
 from nestling.core.types import Message, ToolCall
 from nestling.generation.chat import MALFORMED
+from nestling.generation.listening import Listener
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
 from nestling.serving.driver import Stream
@@ -24,8 +26,8 @@ from nestling.serving.guarding import Guard, Watched
 from nestling.serving.models import Served
 from nestling.serving.protocol.deltas import Delta, Reader
 from nestling.serving.protocol.tools import Offer
-from nestling.tokenizer.conversation import parse_reply, render
-from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END
+from nestling.tokenizer.conversation import between, parse_reply, render
+from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
 
 EFFORTS = {"none": 0.0, "minimal": 0.0, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 3 / 4}
 """reasoning_effort -> the share of the room for a reply that may be thought; 0: the model may not think."""
@@ -58,8 +60,15 @@ class Question:
 
     def prompt(self, served: Served) -> list[int]:
         """The ids that the model goes on from."""
-        ids = render(served.tokenizer, self.messages, self.offer.names, prompt=True).ids
-        return [*ids, served.tokenizer.id(self.opened)] if self.opened else ids
+        tokenizer, template = served.tokenizer, served.tokenizer.template
+        if self.offer.names and template and not tokenizer.has_own_form and not template.takes_tools:
+            what = "this model's chat template knows no tools; ask without them"
+            raise ApiError(what, code="unsupported_parameter", param="tools")
+        if self.opened and self.opened not in tokenizer.special:
+            what = f"this model has no token {self.opened}, which this request needs at the beginning of the reply"
+            raise ApiError(what, code="unsupported_parameter", param="tool_choice" if self.offer.forced else "reasoning")
+        ids = render(tokenizer, self.messages, self.offer.told(tokenizer, served.toolbox), prompt=True).ids
+        return [*ids, tokenizer.id(self.opened)] if self.opened else ids
 
     @property
     def opened(self) -> str:
@@ -87,6 +96,8 @@ class Answer:
         self.finish = "cancelled"
         """stop, length, tool_calls or content_filter once it has ended."""
         self.completion_tokens = self.thought_tokens = 0
+        self.cached_tokens = 0
+        """Of the prompt: those that the engine knew from other texts."""
         self.steps: list[Message] = []
         """Assistant turns with calls that the service ran, and their results."""
         self._stream: Stream | None = None  # of the turn that is being written
@@ -156,18 +167,20 @@ class Answer:
         """The last turn as the renderer takes it; `steps` are the turns before."""
         ids = self._last.ids if self._last else []
         opened = [self.served.tokenizer.id(self.question.opened)] if self.question.opened and not self.steps else []
-        return parse_reply(self.served.tokenizer, [*opened, *ids])
+        return parse_reply(self.served.tokenizer, [*opened, *ids], self.question.offer.names)
 
     async def _submit(self, turn: int, opened: str) -> Stream:
         return await self.served.driver.submit(self._request(turn, opened), whole=self.whole)
 
     async def _turn(self, stream: Stream, reader: Reader) -> AsyncGenerator[list[Delta], None]:
         """One assistant turn; its tokens are counted at its end."""
+        listener = Listener(self.served.tokenizer, self.question.offer.names)
         async for pieces in stream:
-            if deltas := self._told(reader.read(pieces)):
+            if deltas := self._told(reader.read(listener.read(pieces))):
                 yield deltas
         assert stream.completion is not None
-        if deltas := self._told(reader.end(self._closes_call(stream.completion))):
+        last = [*reader.read(listener.end()), *reader.end(self._closes_call(stream.completion))]
+        if deltas := self._told(last):
             yield deltas
         self._count(stream.completion, reader)
 
@@ -184,7 +197,7 @@ class Answer:
             "constraint": question.offer.constraint if calls else sampling.constraint,
         }
         limit = ThoughtLimit(self.served, int(left * share), opened) if share and not changes["constraint"] else None
-        one_call = calls or not question.offer.parallel
+        one_call = CALL_END in tokenizer.special and (calls or not question.offer.parallel)
         stops = self.served.driver.engine.stop_ids | {tokenizer.id(CALL_END)} if one_call else None
         seed = stream_seed(question.seed, "turn", turn)
         return Request(list(self._ids), sampling.model_copy(update=changes), seed, interject=limit, stop_ids=stops)
@@ -217,17 +230,19 @@ class Answer:
 
     def _count(self, completion: Completion, reader: Reader) -> None:
         self.completion_tokens += sum(completion.sampled)
+        if self._last is None:  # later turns share what the first one has just computed
+            self.cached_tokens = completion.reused
         self.thought_tokens += reader.thought_tokens
         self.finish = "tool_calls" if reader.calls and completion.finish == "stop" else completion.finish
 
     def _calls_to_run(self, completion: Completion) -> tuple[ToolCall, ...]:
         """The calls of a finished turn that the service answers: its own, and those that nobody can read (MALFORMED)."""
         offer, tokenizer = self.question.offer, self.served.tokenizer
-        if not offer.own or completion.ids[-1:] != [tokenizer.id(TURN_END)]:
+        if not offer.own or not completion.ids or completion.ids[-1] not in tokenizer.turn_ends:
             return ()
-        self._message = parse_reply(tokenizer, completion.ids)
+        self._message = parse_reply(tokenizer, completion.ids, offer.names)
         calls = self._message.tool_calls
-        unread = completion.ids.count(tokenizer.id(CALL_START)) - len(calls)
+        unread = completion.ids.count(tokenizer.special.get(CALL_START, -1)) - len(calls)
         theirs = {function.name for function in offer.functions}
         return () if any(call.name in theirs for call in calls) else (*calls, *[UNREADABLE] * unread)
 
@@ -235,8 +250,9 @@ class Answer:
         """Run calls and put their results behind the turn."""
         results = list(await asyncio.gather(*[self._run(call) for call in calls]))
         answers = [Message(role="tool", content=text) for text in results]
-        tokenizer = self.served.tokenizer
-        self._ids += [*completion.ids, *tokenizer.encode("\n"), *render(tokenizer, answers, prompt=True).ids]
+        tokenizer, said = self.served.tokenizer, (*self.question.messages, *self.steps)
+        tools = self.question.offer.told(tokenizer, self.served.toolbox)
+        self._ids += [*completion.ids, *between(tokenizer, said, self._message, answers, tools)]
         self.steps += [self._message, *answers]
         self._runs += len(calls)
         return results
@@ -246,7 +262,8 @@ class Answer:
             return MALFORMED
         if call.name not in self.question.offer.own:
             return f"error: no tool {call.name!r} on offer; there is {', '.join(self.question.offer.own)}"
-        work = asyncio.to_thread(self.served.toolbox.run, call.name, call.arguments)
+        run = partial(self.served.toolbox.run, call.name, call.arguments)
+        work = asyncio.get_running_loop().run_in_executor(self.served.workers, run)
         try:
             return await asyncio.wait_for(work, self.question.tool_seconds)
         except TimeoutError:

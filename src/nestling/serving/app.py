@@ -16,8 +16,9 @@ from nestling.serving.limits import Gate
 from nestling.serving.models import Models
 from nestling.serving.moderation import Moderator
 from nestling.serving.observing import Observer
-from nestling.serving.protocol.responses import Memory
+from nestling.serving.remembering import Memory
 from nestling.serving.router import Router
+from nestling.serving.runs import Runs
 from nestling.serving.settings import ServeSettings
 from nestling.serving.store.store import Store
 
@@ -29,6 +30,7 @@ def create_app(
     *,
     moderator: Moderator | None = None,
     router: Router | None = None,
+    runs: Runs | None = None,
 ) -> FastAPI:
     """The ASGI app; the models' drivers run from its start to its end.
 
@@ -36,6 +38,7 @@ def create_app(
         store: where conversations and what people say of them are kept; without one, those paths answer that.
         moderator: judges texts; without one, nothing is.
         router: chooses a model for "auto".
+        runs: of recipes, for the page to show.
     """
     app = FastAPI(
         title="Nestling", version=nestling.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None,
@@ -43,7 +46,7 @@ def create_app(
     )  # fmt: skip
     observer = Observer(models, log_text=settings.log_text)
     state = {"settings": settings, "models": models, "store": store, "moderator": moderator, "router": router,
-             "observer": observer, "memory": Memory(settings.kept_responses)}  # fmt: skip
+             "observer": observer, "memory": Memory(settings.kept_responses, store), "runs": runs}  # fmt: skip
     for name, value in state.items():
         setattr(app.state, name, value)
     app.state.guard = guard_of(app.state)

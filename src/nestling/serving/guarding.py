@@ -29,16 +29,19 @@ class Guard:
 
     Args:
         moderator: the model.
-        keep: takes the key's name and a verdict that flags; called in a thread.
+        keep: takes the key's name and a verdict; called in a thread.
         name: of the moderation model, told with its verdicts.
+        clean: keep verdicts that do not flag, too.
     """
 
-    def __init__(self, moderator: Moderator, keep: Keep | None = None, *, name: str = "moderation") -> None:
-        self._moderator, self._keep, self._name = moderator, keep, name
+    def __init__(
+        self, moderator: Moderator, keep: Keep | None = None, *, name: str = "moderation", clean: bool = False
+    ) -> None:
+        self._moderator, self._keep, self._name, self._clean = moderator, keep, name, clean
 
     def keeping(self, keep: Keep) -> Guard:
-        """The same guard with another place for its verdicts."""
-        return Guard(self._moderator, keep, name=self._name)
+        """The same guard with another place for its verdicts, all of them: they are on messages, which are kept anyway."""
+        return Guard(self._moderator, keep, name=self._name, clean=True)
 
     async def admit(self, messages: Sequence[Message], key: str) -> None:
         """Judge the last thing that a user said.
@@ -54,11 +57,9 @@ class Guard:
     async def flags(self, text: str, direction: Literal["input", "output"], key: str) -> str:
         """The categories that a text is flagged for, joined; empty for none."""
         [verdict] = await asyncio.to_thread(self._moderator.judge, [text])
-        if not verdict.flagged:
-            return ""
-        if self._keep is not None:
-            row = Verdict(direction=direction, moderator=self._name, flagged=True, categories=verdict.categories,
-                          scores=verdict.scores, text=text)  # fmt: skip
+        if self._keep is not None and (verdict.flagged or self._clean):
+            row = Verdict(direction=direction, moderator=self._name, flagged=verdict.flagged, text=text,
+                          categories=verdict.categories, scores=verdict.scores)  # fmt: skip
             await asyncio.to_thread(self._keep, key, row)
         return ", ".join(name for name, over in verdict.categories.items() if over)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,6 @@ from nestling.serving.driver import Driver
 from nestling.serving.errors import ApiError
 from nestling.serving.settings import ServeSettings
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.special import TURN_START
 from nestling.tools import Toolbox
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -42,11 +42,13 @@ class Served:
     """Unix seconds."""
     toolbox: Toolbox = field(default_factory=lambda: Toolbox({}))
     """What the service runs for this model by itself."""
+    workers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(32, "nestling-tool"))
+    """Where it runs: threads of its own, so that slow tools keep neither the store nor other replies waiting."""
 
     @property
     def kind(self) -> Literal["chat", "base"]:
         """Whether it holds conversations or only continues text."""
-        return "chat" if TURN_START in self.tokenizer.special else "base"
+        return "base" if self.tokenizer.chat_template is None else "chat"
 
     @property
     def context(self) -> int:
@@ -105,9 +107,10 @@ class Models:
             one.driver.start()
 
     async def stop(self, seconds: float) -> None:
-        """End every driver, each after at most so long."""
+        """End every driver, each after at most so long, and begin no further tool."""
         for one in self:
             await one.driver.stop(seconds)
+            one.workers.shutdown(wait=False, cancel_futures=True)
 
 
 def open_models(
@@ -118,7 +121,7 @@ def open_models(
     Raises:
         UserError: no model there, one that scores instead of writing, or two of one name.
     """
-    named = [_named(path) for path in paths]
+    named = [named_folder(path) for path in paths]
     return Models([open_served(name, folder, settings, device, toolbox) for name, folder in named])
 
 
@@ -138,13 +141,14 @@ def open_served(
     engine = Engine(
         found.model, found.tokenizer, rows=settings.rows, capacity=settings.capacity, dtype=dtype, frozen=True
     )
-    created = int((place / "config.json").stat().st_mtime)
+    created = int(place.stat().st_mtime)
     driver = Driver(engine, max_requests=settings.max_requests, flush_seconds=settings.flush_seconds)
-    return Served(name, driver, found.tokenizer, found.provenance, created, toolbox or Toolbox({}))
+    workers = ThreadPoolExecutor(settings.tool_threads, "nestling-tool")
+    return Served(name, driver, found.tokenizer, found.provenance, created, toolbox or Toolbox({}), workers)
 
 
-def _named(text: str) -> tuple[str, Path]:
-    """ "runs/demo" is called demo, "runs/demo/sft/model" sft, "small=runs/demo" small."""
+def named_folder(text: str) -> tuple[str, Path]:
+    """(name, folder) of a MODEL: "runs/demo" is called demo, "runs/demo/sft/model" sft, "small=runs/demo" small."""
     name, mark, rest = text.partition("=")
     if mark and name and not Path(text).exists():
         return name, Path(rest)

@@ -2,7 +2,8 @@
 
 One logistic regression per candidate predicts from the words of the prompt whether its answer will be right; the
 cheapest candidate whose chance lies within a margin of the best one's is taken. It learns from trials, in which every
-candidate answered every prompt (`stages/trials.py`).
+candidate answered every prompt (`stages/trials.py`). What regressions that did not see a prompt say of it makes the
+predictions calibrated and chooses the margin.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import Field
 from safetensors.numpy import load_file, save_file
 
+from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.storage import atomic_folder, read_json, write_json
 from nestling.core.types import Message
 from nestling.evaluation.routing import Candidate, Effort, Table, choose
 
 WEIGHTS, SETTINGS = "router.safetensors", "router.json"
+MARGINS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Those that are tried."""
 _WORD = re.compile(r"\d|[^\W\d]+|[^\w\s]")
 
 
@@ -79,12 +85,14 @@ class Router:
         with atomic_folder(Path(folder)) as place:
             save_file({"weights": np.ascontiguousarray(self.weights)}, place / WEIGHTS)
             candidates = {name: candidate.model_dump() for name, candidate in self.candidates.items()}
-            write_json(place / SETTINGS, {"candidates": candidates, "costs": self.costs.tolist(), "margin": self.margin})
+            write_json(
+                place / SETTINGS, {"candidates": candidates, "costs": self.costs.tolist(), "margin": self.margin}
+            )
 
     def success(self, prompts: Sequence[Sequence[Message]]) -> NDArray[np.float64]:
         """The predicted chance of each candidate on each prompt, [N, C]."""
         logits = features(prompts, len(self.weights) - 1) @ self.weights
-        return 1 / (1 + np.exp(-logits.astype(np.float64)))
+        return _sigmoid(logits.astype(np.float64))
 
     def choose(self, messages: Sequence[Message], served: Sequence[str] | None = None) -> Choice:
         """Who should answer a conversation. `served` restricts the choice to models that are there.
@@ -129,22 +137,78 @@ def _words(messages: Sequence[Message]) -> Iterator[str]:
             yield from (f"{message.role}:{word}" for word in words)
 
 
+class Learning(Config):
+    """How a router learns, and how much success it may give up for a cheaper answer."""
+
+    margin: float | None = Field(
+        None, ge=0, le=1, description="Predicted success given up for a cheaper candidate; none: chosen by `loss`."
+    )
+    loss: float = Field(
+        0.01, ge=0, le=1, description="Accuracy that the margin may cost against the best candidate for every prompt."
+    )
+    features: int = Field(4096, ge=16, description="Buckets that words and pairs of words are hashed into.")
+    penalty: float = Field(1e-4, ge=0, description="L2 penalty of the regressions.")
+    folds: int = Field(5, ge=2, description="Parts of the trials, each predicted by regressions on the others.")
+
+
 def fit(
-    prompts: Sequence[Sequence[Message]], table: Table, candidates: Mapping[str, Candidate], *,
-    margin: float, size: int = 4096, penalty: float = 1e-4,
-) -> Router:  # fmt: skip
-    """Logistic regressions on the trials' scores, which may lie between 0 and 1, with an L2 penalty (the constant free)."""
-    inputs = torch.from_numpy(features(prompts, size))
-    targets = torch.from_numpy(table.scores).float()
-    weights = torch.zeros(size + 1, len(table.names), requires_grad=True)
+    prompts: Sequence[Sequence[Message]], table: Table, candidates: Mapping[str, Candidate], settings: Learning
+) -> Router:
+    """A router that has learnt from trials, with calibrated predictions and its margin."""
+    inputs = features(prompts, settings.features)
+    fold = np.arange(len(inputs)) % settings.folds
+    unseen = np.zeros(table.scores.shape)
+    for number in range(settings.folds):
+        mine = fold == number
+        unseen[mine] = inputs[mine] @ regress(inputs[~mine], table.scores[~mine], settings.penalty)
+    scale, shift = _calibration(unseen, table.scores)
+    weights = regress(inputs, table.scores, settings.penalty) * scale
+    weights[-1] += shift
+    margin = settings.margin
+    if margin is None:
+        margin = _margin(_sigmoid(unseen * scale + shift), table, settings.loss)
+    return Router(candidates, weights.astype(np.float32), table.mean_costs.tolist(), margin)
+
+
+def regress(inputs: NDArray[Any], targets: NDArray[Any], penalty: float) -> NDArray[np.float64]:
+    """Weights [F, C] of logistic regressions on inputs [N, F], the last of which is a constant that has no L2 penalty.
+
+    Targets [N, C] may lie between 0 and 1.
+    """
+    given, wanted = torch.from_numpy(inputs).float(), torch.from_numpy(targets).float()
+    weights = torch.zeros(given.shape[1], wanted.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        error = F.binary_cross_entropy_with_logits(inputs @ weights, targets, reduction="sum") / len(inputs)
+        error = F.binary_cross_entropy_with_logits(given @ weights, wanted, reduction="sum") / len(given)
         loss = error + penalty / 2 * weights[:-1].square().sum()
         loss.backward()
         return float(loss.detach())
 
     optimizer.step(closure)
-    return Router(candidates, weights.detach().numpy(), table.mean_costs.tolist(), margin)
+    return weights.detach().double().numpy()
+
+
+def _calibration(logits: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(scale, shift), [C] each, that make sigmoid(scale · logit + shift) a probability (Platt 1999).
+
+    The targets keep as far from 0 and 1 as one more right and one more wrong answer would move them.
+    """
+    targets = (scores * len(scores) + 1) / (len(scores) + 2)
+    pairs = [np.stack([column, np.ones(len(column))], axis=1) for column in logits.T]
+    found = [regress(pair, targets[:, [place]], 0.0)[:, 0] for place, pair in enumerate(pairs)]
+    scale, shift = np.array(found).T
+    return np.maximum(scale, 0.0), shift
+
+
+def _margin(success: NDArray[np.float64], table: Table, loss: float) -> float:
+    """The margin that makes the cheapest choices out of those that cost no more than this accuracy; 0 where all do."""
+    wanted = max(table.replay(table.always(name)).accuracy for name in table.names) - loss
+    tried = {margin: table.replay(choose(success, table.mean_costs, margin)) for margin in MARGINS}
+    allowed = [margin for margin, policy in tried.items() if policy.accuracy >= wanted]
+    return min(allowed, key=lambda margin: tried[margin].cost, default=0.0)
+
+
+def _sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / (1 + np.exp(-logits))

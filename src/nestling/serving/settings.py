@@ -43,6 +43,7 @@ class ServeSettings(Config):
     tools: dict[str, dict[str, Any]] = Field({}, description="Tools that the service runs itself, each with settings.")
     tool_rounds: int = Field(4, ge=1, description="Rounds of tool calls in one reply; a further call ends it.")
     tool_seconds: float = Field(30.0, gt=0, description="A tool that takes longer is told to the model as an error.")
+    tool_threads: int = Field(32, ge=1, description="Tools of a model that run at once; others wait for their turn.")
     opens_thought: bool = Field(
         False, description="Begin replies with <think> when reasoning_effort asks for it, for models that learnt it."
     )
@@ -53,7 +54,7 @@ class ServeSettings(Config):
     )
     stall_seconds: float = Field(60.0, gt=0, description="A client that reads nothing for so long is cut off.")
     shutdown_seconds: float = Field(10.0, ge=0, description="How long open replies may go on after Ctrl-C.")
-    kept_responses: int = Field(1000, ge=0, description="Responses remembered for previous_response_id.")
+    kept_responses: int = Field(1000, ge=0, description="Latest responses of a key remembered for previous_response_id.")
     log_text: bool = Field(False, description="Write prompts and replies to the log too.")
     moderation: bool = Field(True, description="Judge prompts and replies where a moderation model is served.")
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from nestling.core import ranks
 from nestling.core.config import Config
+from nestling.core.errors import UserError
 from nestling.core.metrics import MetricsLog
 from nestling.core.pipeline import StageContext
+from nestling.core.runtime import torch_stream
 from nestling.core.storage import read_json, read_rows
 from nestling.core.types import Row
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
-from nestling.model import checkpoint
+from nestling.model import adapters, checkpoint
+from nestling.model.adapters import Adaptation, AdapterSettings
+from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import Decoder
 from nestling.model.heads import LabelHead, ScalarHead
 from nestling.model.locate import MODEL
 from nestling.objectives._materials import Materials
+from nestling.planning.work import Work
+from nestling.stages._preflight import MemoryWatch, memory_figures
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.training.contract import Objective
+from nestling.training.health import Expected, Watching
 from nestling.training.hooks import Hook
 from nestling.training.hooks import Sampling as SamplingHook
 from nestling.training.loop import TrainResult, train
+from nestling.training.precision import training_dtype
 from nestling.training.settings import TrainSettings
 
 Bars = dict[str, float | dict[str, float]]
@@ -41,17 +50,101 @@ class TrainingStage(Config):
     bars: Bars = Field({}, description="Limits that the report holds figures to.")
 
 
+class Adaptable(TrainingStage):
+    """Settings of a training stage that can learn adapters instead of all weights."""
+
+    # Left out of the stage's key where there are none: what was trained before there were adapters stays finished.
+    adapters: AdapterSettings | None = Field(
+        None,
+        exclude_if=lambda chosen: chosen is None,
+        description="Low-rank adapters (LoRA) to learn; the model itself stays as it is. None trains all weights.",
+    )
+
+
+def starting_model(
+    settings: Adaptable, context: StageContext, role: str, extended: Callable[[Checkpoint], Checkpoint] | None = None
+) -> Checkpoint:
+    """The checkpoint of an input, ready to be trained: all of it, or adapters on it where the settings ask for them.
+
+    Args:
+        extended: gives the model further tokens. With adapters the rows of these learn too; where the model has to grow
+            for them, the grown one is written to `base/` in the stage's folder, for the adapter to name.
+
+    Raises:
+        UserError: the input has adapters of other settings.
+    """
+    folder, device = materials(context).path(role), context.runtime.device
+    extend = extended or (lambda found: found)
+    if settings.adapters is None:
+        return extend(checkpoint.load(folder, device))
+    sharded = ranks.is_distributed()  # FSDP2 wants one dtype
+    dtype = torch.float32 if sharded else _frozen_dtype(settings.training, context)
+    start = checkpoint.load(folder, device, dtype, merge=False)
+    size, known = start.model.config.vocab_size, set(start.tokenizer.special.values())
+    if (earlier := adapters.adaptation(start.model)) is not None:
+        return _continued(start, earlier, settings.adapters, extend(start), folder)
+    start = extend(start)
+    tokens = sorted(set(start.tokenizer.special.values()) - known)
+    if start.model.config.vocab_size > size:
+        folder = _written(context, start)
+    origin = Adaptation(settings.adapters, folder)
+    adapters.adapt(start.model, origin, torch_stream(context.seed, "adapters", role), tokens)
+    return start
+
+
+def _frozen_dtype(training: TrainSettings, context: StageContext) -> torch.dtype:
+    chosen = training_dtype(training.precision, context.runtime)
+    return torch.bfloat16 if chosen == torch.bfloat16 else torch.float32
+
+
+def _written(context: StageContext, grown: Checkpoint) -> Path:
+    folder = context.folder / "base"
+    if ranks.is_main():
+        checkpoint.save(folder, grown.model, grown.tokenizer, grown.provenance, grown.head)
+    ranks.barrier()
+    return folder
+
+
+def _continued(
+    start: Checkpoint, earlier: Adaptation, wanted: AdapterSettings, extended: Checkpoint, folder: Path
+) -> Checkpoint:
+    """A model with adapters whose adapters are trained further."""
+    same = earlier.settings.model_copy(update={"dropout": wanted.dropout, "targets": wanted.targets}) == wanted
+    paths = {path.rsplit(".", 1)[-1] for path in adapters.adapted_layers(start.model)}
+    chosen = set(wanted.targets) or paths
+    if not same or chosen != paths or extended.tokenizer.hash != start.tokenizer.hash:
+        fix = "use the same settings, or begin from its merged model (nestling merge)"
+        raise UserError("this model has other adapters already", where=folder, value=earlier.settings.model_dump(), fix=fix)
+    adapters.resume(start.model, wanted)
+    return start
+
+
 def optimise(
-    objective: Objective, settings: TrainSettings, context: StageContext, hooks: Sequence[Hook] = ()
+    objective: Objective,
+    settings: TrainSettings,
+    context: StageContext,
+    hooks: Sequence[Hook] = (),
+    expected: Expected | None = None,
+    work: Work | None = None,
 ) -> TrainResult:
-    """Run the loop in the stage's folder."""
+    """Run the loop in the stage's folder, and watch it.
+
+    Args:
+        expected: what its loss is compared with; None where the loss itself says nothing.
+        work: what a step reads; with it, what will not fit into memory is refused before the first step.
+
+    Raises:
+        UserError: too little memory is free.
+    """
+    memory = [MemoryWatch(work, objective, settings, context.runtime, context.name)] if work else []
+    watching = Watching(expected or Expected(), context.quiet, policy=expected is None)
     return train(
         objective,
         settings,
         folder=context.folder,
         runtime=context.runtime,
         seed=context.seed,
-        hooks=hooks,
+        hooks=[watching, *memory, *hooks],
         quiet=context.quiet,
     )
 
@@ -94,6 +187,7 @@ def figures(result: TrainResult) -> dict[str, Any]:
         "tokens_per_second": round(result.tokens_per_second, 1),
         "utilisation": round(result.utilisation, 4),
         "loss": last.get("loss"),
+        **memory_figures(last),
     }
     return report | ({"stopped": result.stopped} if result.stopped else {})
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from nestling.core import ranks
 from nestling.core.config import parse
 from nestling.core.pipeline import StageContext
 from nestling.core.registry import find
@@ -25,9 +27,20 @@ from nestling.loading.shards import Shards
 from nestling.loading.text import TextLoader
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
+from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
 from nestling.objectives._on_policy import OnPolicy, PolicySettings
-from nestling.stages._training import TrainingStage, figures, materials, optimise, read_split, save_model
+from nestling.planning.work import Known, Work
+from nestling.stages._preflight import model_in
+from nestling.stages._training import (
+    Adaptable,
+    figures,
+    materials,
+    optimise,
+    read_split,
+    save_model,
+    starting_model,
+)
 from nestling.stages._truth import WorldSettings, rubric_scorer
 from nestling.tokenizer.conversation import render
 
@@ -35,7 +48,7 @@ VERSION = 1
 READS = {"policy": "sft", "reward": "reward", "prompts": "prompts", "tokens?": "tokenize"}
 
 
-class Comparison(TrainingStage):
+class Comparison(Adaptable):
     """How the policy is optimised and compared, whatever the objective."""
 
     text_rows: int = Field(8, ge=1, description="Rows of text per update when the pre-training loss is mixed in.")
@@ -63,6 +76,36 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     return align(module, parse(module.Settings, settings.settings, "settings"), settings, context)
 
 
+def work(settings: Settings, known: Known) -> Work | None:
+    """What a step reads, before the prompts are known: prompts and replies as long as the context."""
+    chosen = parse(find("objectives", settings.objective).Settings, settings.settings, "settings")
+    return replies_work(chosen, settings.training.steps, known, "settings.microbatches")
+
+
+def replies_work(
+    chosen: PolicySettings, steps: int, known: Known, pieces: str = "objective.microbatches"
+) -> Work | None:
+    """A step of any on-policy objective: the policy writes, all models read, the policy (and a value model) learn."""
+    policy, reward = known.get("policy"), known.get("reward")
+    if not isinstance(policy, DecoderConfig) or not isinstance(reward, DecoderConfig):
+        return None
+    learnt = (policy, reward) if "value_weight" in type(chosen).model_fields else (policy,)
+    return Work(
+        learnt,
+        steps,
+        chosen.rollouts,
+        policy.context,
+        minibatches=chosen.minibatches,
+        microbatches=chosen.microbatches,
+        epochs=chosen.epochs,
+        readers=(policy, policy, reward, *learnt),
+        frozen=(policy, reward),
+        written=chosen.rollouts,
+        exact=False,
+        pieces_setting=pieces,
+    )
+
+
 def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, context: StageContext) -> dict[str, Any]:
     """Optimise, take the best policy within the KL budget, compare it with the policy it started from.
 
@@ -70,20 +113,27 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
         module: a file of objectives/ whose objective is an `OnPolicy`.
         chosen: that objective's settings.
     """
-    start = checkpoint.load(materials(context).path("policy"), context.runtime.device)
+    start = starting_model(settings, context, "policy")
     train, held_out = (read_split(context.reads["prompts"], split, PromptRow) for split in ("train", "val"))
     size = start.model.config.context
     loader = PromptLoader(
         train, start.tokenizer, size, chosen.prompts, context.seed, reserve=chosen.max_tokens, too_long="drop"
     )
     scorer = rubric_scorer(settings.world, context.seed) if settings.world else None
-    fitting = [row for row in held_out if _fits(row, start, chosen.max_tokens)]
+    fitting = [row for row in held_out if fits(row, start, chosen.max_tokens)]
     given: dict[str, Any] = {"prompts": loader, "held_out": fitting[: settings.held_out], "scorer": scorer}
     if chosen.text_weight and "tokens" in context.reads:
         shards = Shards.open(context.reads["tokens"] / "train")
         given["texts"] = TextLoader(shards, size, settings.text_rows, stream_seed(context.seed, "ptx"))
-    objective: OnPolicy = module.build(chosen, materials(context, **given))
-    result = optimise(objective, settings.training, context)
+    stuff = materials(context, **given)
+    if settings.adapters is not None:  # the models that learn share the frozen weights with those that don't
+        stuff = replace(stuff, models={"policy": start, "reward": starting_model(settings, context, "reward")})
+    objective: OnPolicy = module.build(chosen, stuff)
+    known = {"policy": start.model.config, "reward": model_in(context.reads["reward"])}
+    reading = replies_work(chosen, settings.training.steps, {role: found for role, found in known.items() if found})
+    longest = max(len(prompt.ids) for prompts in loader.validation() for prompt in prompts)
+    exact = reading and replace(reading, width=min(size, longest + chosen.max_tokens), exact=True)
+    result = optimise(objective, settings.training, context, work=exact)
     best = objective.restore_best()
     test = fitting[settings.held_out : settings.held_out + settings.test]
     compared = _compare(settings, context, objective, test, scorer)
@@ -92,7 +142,8 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
     return report
 
 
-def _fits(row: PromptRow, start: Checkpoint, reserve: int) -> bool:
+def fits(row: PromptRow, start: Checkpoint, reserve: int) -> bool:
+    """Whether the context holds the prompt and a reply of `reserve` tokens."""
     ids = render(start.tokenizer, row.prompt, row.tools, prompt=True).ids
     return len(ids) + reserve <= start.model.config.context
 
@@ -108,7 +159,9 @@ def _compare(
     seed = stream_seed(context.seed, "comparison")
 
     def answers(model: Decoder) -> list[str]:
-        return [texts[-1] for texts in converse(test, Engine(model, start.tokenizer, rows=64, frozen=True), sampling, seed)]
+        engine = Engine(model, start.tokenizer, rows=64, frozen=True)
+        texts: list[str] = ranks.from_main([texts[-1] for texts in converse(test, engine, sampling, seed)])
+        return texts
 
     def judged(texts: list[str]) -> dict[str, list[float]]:
         scores = {"proxy_reward": objective.proxy_scores(test, texts)}
@@ -124,7 +177,8 @@ def _compare(
     for name in new:
         found |= {name: mean_score(new[name]).to_row(), f"{name}_sft": mean_score(old[name]).to_row()}
     rows = zip(test, ours, theirs, new[judge], old[judge], strict=True)
-    write_rows(context.folder / "comparison.jsonl", map(_row, rows))
+    if ranks.is_main():
+        write_rows(context.folder / "comparison.jsonl", map(_row, rows))
     return found
 
 

@@ -20,7 +20,6 @@ from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.locate import checkpoint_folder
 from nestling.stages._truth import WorldSettings
-from nestling.tokenizer.special import TURN_END
 
 VERSION = 1
 READS = {"base?": "pretrain", "sft?": "sft", "ppo?": "ppo", "aligned?": "align"}
@@ -77,7 +76,7 @@ def _values(by_model: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _chats(found: Checkpoint) -> bool:
-    return TURN_END in found.tokenizer.special
+    return found.tokenizer.chat_template is not None
 
 
 def _answers(settings: Settings, models: dict[str, Checkpoint]) -> list[dict[str, str]]:
@@ -97,7 +96,7 @@ def _texts(settings: Settings, found: Checkpoint, engine: Engine) -> list[str]:
         tools = {"tools": ["calculator"]}
         rows = [PromptRow(prompt=(Message(role="user", content=text),), meta=tools) for text in settings.prompts]
         return [texts[-1] for texts in converse(rows, engine, sampling)]
-    start = found.tokenizer.end_of_text
+    start = found.tokenizer.start_of_text
     requests = [
         Request([start, *found.tokenizer.encode(text)], sampling.model_copy(update={"max_tokens": 40}), seed=0)
         for text in settings.prompts

@@ -30,16 +30,20 @@ from nestling.evaluation.classification import (
     confusion,
     macro,
     measure,
+    reliability,
 )  # fmt: skip
 from nestling.loading.chats import TooLong
 from nestling.loading.labels import LabelLoader
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
+from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
 from nestling.model.hub import make_config
 from nestling.model.locate import checkpoint_folder
 from nestling.objectives import classify
 from nestling.objectives._materials import Materials
+from nestling.planning.work import Known, Work
+from nestling.stages._preflight import measured
 from nestling.stages._training import TrainingStage, figures, materials, optimise, read_split, save_model
 from nestling.stages.sft import with_chat_tokens
 from nestling.tokenizer.bpe import Tokenizer
@@ -71,6 +75,14 @@ class Settings(TrainingStage):
     objective: classify.Settings = classify.Settings()
 
 
+def work(settings: Settings, known: Known) -> Work:
+    """What a step reads, before the texts are known: each as long as the context."""
+    start, size = known.get("start"), known.get("tokenizer", DecoderConfig.model_fields["vocab_size"].default)
+    model = start if isinstance(start, DecoderConfig) else make_config({**settings.model, "vocab_size": size})
+    steps, pieces = settings.training.steps, settings.objective.microbatches
+    return Work((model,), steps, settings.batch_rows, model.context, microbatches=pieces, logits=False, exact=False)
+
+
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     """Train, calibrate, choose thresholds; report each category's figures on texts that had no part in any of it.
 
@@ -91,7 +103,8 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     fold = folds(held_out.rows, settings.folds)
     given = {**stuff.given, "texts": texts, "held_out": held_out}
     objective = classify.build(settings.objective, replace(stuff, given=given))
-    result = optimise(objective, settings.training, context)
+    reading = measured(work(settings, {"start": objective.model.decoder.config}), texts)
+    result = optimise(objective, settings.training, context, work=reading)
     objective.model.eval()
     trained = texts.targets.any(dim=0).tolist()
     logits = objective.logits(held_out).double().numpy()
@@ -217,6 +230,7 @@ class _Exam:
             "flagged_by_kind": self._by_kind(),
             "categories": {name: found[name].to_row() | calibrations[name].to_row() for name in self.categories},
             "never_trained": [name for name in self.categories if name not in trained],
+            "reliability": reliability(self.scores[self.judged], self.truth[self.judged]),
             "confusion": confusion(self.truth, self.flagged & self.judged, self.categories),
         }
 

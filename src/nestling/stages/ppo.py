@@ -6,16 +6,22 @@ from typing import Any
 
 from nestling.core.pipeline import StageContext
 from nestling.objectives import ppo
-from nestling.stages.align import READS, Comparison, align
+from nestling.planning.work import Known, Work
+from nestling.stages.align import READS, Comparison, align, replies_work
 
 VERSION = 1
-__all__ = ["READS", "VERSION", "Settings", "run"]
+__all__ = ["READS", "VERSION", "Settings", "run", "work"]
 
 
 class Settings(Comparison):
     """PPO's settings, and how the result is compared."""
 
     objective: ppo.Settings = ppo.Settings()
+
+
+def work(settings: Settings, known: Known) -> Work | None:
+    """What a step reads, before the prompts are known."""
+    return replies_work(settings.objective, settings.training.steps, known)
 
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:

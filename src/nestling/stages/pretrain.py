@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from nestling.core.config import parse
+from nestling.core.errors import UserError
 from nestling.core.pipeline import StageContext
 from nestling.core.registry import find
 from nestling.core.runtime import torch_stream
+from nestling.lineage.ngram import unigram_entropy
+from nestling.loading.repeats import Counted, copies
 from nestling.loading.shards import Shards
 from nestling.loading.text import RowMode, TextLoader
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
 from nestling.objectives import next_token
-from nestling.stages._training import SampleWriter, TrainingStage, figures, materials, optimise, save_model
+from nestling.planning.work import Known, Work
+from nestling.stages._training import (
+    Adaptable,
+    SampleWriter,
+    figures,
+    materials,
+    optimise,
+    save_model,
+    starting_model,
+)
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.training.health import Expected
 from nestling.training.settings import TrainSettings
 
 VERSION = 1
+COUNTED = 50_000_000  # tokens of which single ones are counted
 READS = {"tokens": "tokenize", "tokenizer": "tokenizer", "baseline?": "ngram", "start?": ""}
 
 
-class Settings(TrainingStage):
+class Settings(Adaptable):
     """A base model and how it is trained. With an input `start`, that model is trained further instead."""
 
     model: dict[str, Any] = Field({}, description="Architecture and sizes; vocabulary and context are filled in.")
@@ -58,6 +74,20 @@ class Settings(TrainingStage):
         return parse(architecture.Config, sizes, "model")
 
 
+def work(settings: Settings, known: Known) -> Work:
+    """What a step reads: packed rows, of a model made here or of the one that is trained further."""
+    start, size = known.get("start"), known.get("tokenizer", DecoderConfig.model_fields["vocab_size"].default)
+    model = start if isinstance(start, DecoderConfig) else settings.decoder(int(size))
+    return Work(
+        (model,),
+        settings.training.steps,
+        settings.batch_rows,
+        settings.context,
+        microbatches=settings.objective.microbatches,
+        packed=settings.rows != "windows",
+    )
+
+
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     """Train; report bits per byte beside the n-gram's, where that stage ran."""
     tokenizer = Tokenizer.load(context.reads["tokenizer"])
@@ -71,25 +101,33 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         )
         for split in ("train", "val")
     }
-    stuff = materials(context, batches=loaders["train"], validation=loaders["val"].validation)
-    if "start" not in context.reads:
+    counted = Counted(loaders["train"])
+    stuff = materials(context, batches=counted, validation=loaders["val"].validation)
+    if "start" in context.reads:
+        stuff = replace(stuff, models={"model": starting_model(settings, context, "start")})
+    elif settings.adapters is not None:
+        fix = "name the model as the input `start`"
+        raise UserError("adapters need a model to start from", where=f"{context.name}.adapters", fix=fix)
+    else:
         fresh = build(settings.decoder(tokenizer.vocab_size), torch_stream(context.seed, "weights"))
         stuff = replace(stuff, models={"model": Checkpoint(fresh, tokenizer)})
-    else:
-        stuff = replace(stuff, paths={**stuff.paths, "model": stuff.path("start")})
     objective = next_token.build(settings.objective, stuff)
     writer = SampleWriter(context, objective.model, tokenizer, settings.samples)
-    result = optimise(
-        objective, settings.lesson(loaders["train"].row_count), context, [writer.hook(settings.sample_every)]
-    )
+    expected, lesson = _expected(context, loaders, tokenizer), settings.lesson(loaders["train"].row_count)
+    reading = work(settings, {"start": objective.model.config})
+    result = optimise(objective, lesson, context, [writer.hook(settings.sample_every)], expected, reading)
     last = result.history[-1]
+    epochs = result.steps * settings.batch_rows / loaders["train"].row_count
     report = {
         **figures(result),
         "val_bpb": last.get("val_bpb"),
         "val_loss": last.get("val_loss"),
         "parameters": objective.model.parameter_count(),
         "row_fill": round(loaders["train"].fill, 4),
-        "epochs": round(result.steps * settings.batch_rows / loaders["train"].row_count, 3),
+        "epochs": round(epochs, 3),
+        "repeated_share": counted.repeated_share(epochs),
+        **copies(loaders["train"].shards, loaders["val"].shards),
+        "expected": asdict(expected),
         "bars": settings.bars,
     }
     if "baseline" in context.reads:
@@ -98,3 +136,13 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         report["bpb_against_ngram"] = round(report["val_bpb"] / baseline["val_bpb"], 4)
     save_model(context, objective.model, tokenizer, report)
     return report
+
+
+def _expected(context: StageContext, loaders: Mapping[str, TextLoader], tokenizer: Tokenizer) -> Expected:
+    """Guessing, single tokens, and the n-gram model where its stage ran, in nats per token."""
+    train, val = loaders["train"].shards, loaders["val"].shards
+    unigram = unigram_entropy(train[:COUNTED], tokenizer.vocab_size) * math.log(2)
+    ngram = None
+    if "baseline" in context.reads and val.tokens:
+        ngram = context.report_of("baseline")["val_bpb"] * math.log(2) * val.bytes / val.tokens
+    return Expected(math.log(tokenizer.vocab_size), unigram, ngram, float(train.tokens))

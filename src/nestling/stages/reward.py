@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import Field
@@ -11,15 +12,29 @@ from nestling.core.pipeline import StageContext
 from nestling.core.types import Conversation, Ranking
 from nestling.loading.chats import TooLong
 from nestling.loading.preferences import RankingLoader
-from nestling.model import checkpoint
+from nestling.model.config import DecoderConfig
 from nestling.objectives import reward as objective_file
-from nestling.stages._training import TrainingStage, figures, materials, optimise, read_split, save_model
+from nestling.planning.work import Known, Work
+from nestling.stages._preflight import measured
+from nestling.stages._training import (
+    Adaptable,
+    figures,
+    materials,
+    optimise,
+    read_split,
+    save_model,
+    starting_model,
+)
+from nestling.training.health import Expected
 
 VERSION = 1
 READS = {"model": "sft", "rankings": "rankings", "conversations?": "conversations"}
 
+RESPONSES = 4
+"""To a prompt, in a plan made before the rankings are there."""
 
-class Settings(TrainingStage):
+
+class Settings(Adaptable):
     """How rankings are learnt."""
 
     batch_prompts: int = Field(16, ge=1, description="Prompts per step, each with all its responses.")
@@ -28,10 +43,21 @@ class Settings(TrainingStage):
     objective: objective_file.Settings = objective_file.Settings()
 
 
+def work(settings: Settings, known: Known) -> Work | None:
+    """What a step reads, before the rankings are known: some responses to each prompt, each as long as the context."""
+    if not isinstance(model := known.get("model"), DecoderConfig):
+        return None
+    responses = RESPONSES * settings.batch_prompts
+    pieces = settings.objective.microbatches
+    return Work(
+        (model,), settings.training.steps, responses, model.context, microbatches=pieces, logits=False, exact=False
+    )
+
+
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     """Train from the SFT model; report held-out accuracy against the labels and, where known, the noise-free truth."""
     stuff = materials(context)
-    start = checkpoint.load(stuff.path("model"), context.runtime.device)
+    start = starting_model(settings, context, "model")
     held_out = read_split(context.reads["rankings"], "val", Ranking)
     train_rows = read_split(context.reads["rankings"], "train", Ranking)
 
@@ -43,12 +69,15 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     if (truth := objective_file.with_truth(held_out)) is not None:
         given["truth"] = loader(truth)
     objective = objective_file.build(settings.objective, replace(stuff, models={"model": start}, given=given))
-    result = optimise(objective, settings.training, context)
+    guessing = Expected(chance=math.log(2))
+    reading = measured(work(settings, {"model": start.model.config}), given["rankings"])
+    result = optimise(objective, settings.training, context, expected=guessing, work=reading)
     last = result.history[-1]
     report = {
         **figures(result),
         **{name.removeprefix("val_"): value for name, value in last.items() if name.startswith("val_")},
         "rankings": len(train_rows),
+        "expected": asdict(guessing),
         "bars": settings.bars,
     }
     mean = _reference_mean(settings, context, objective, start.tokenizer)

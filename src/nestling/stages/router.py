@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
-from nestling.core.config import Config, parse
+from nestling.core.config import parse
 from nestling.core.pipeline import StageContext
 from nestling.core.storage import read_json
-from nestling.evaluation.routing import Candidate, Table, Trial, choose
+from nestling.evaluation.classification import calibration_error
+from nestling.evaluation.routing import Candidate, Policy, Table, Trial, choose
 from nestling.model.locate import MODEL
-from nestling.serving.router import fit
+from nestling.serving.router import MARGINS, Learning, fit
 from nestling.stages._training import Bars, read_split
 from nestling.stages.trials import CANDIDATES
 
-VERSION = 1
+VERSION = 2
 READS = {"trials": "trials"}
-MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class Settings(Config):
-    """How it learns, and how much success it may give up for a cheaper answer."""
+class Settings(Learning):
+    """How it learns, and who answers."""
 
-    margin: float = Field(0.05, ge=0, le=1, description="Predicted success that may be given up for a cheaper candidate.")
-    features: int = Field(4096, ge=16, description="Buckets that words and pairs of words are hashed into.")
-    penalty: float = Field(1e-4, ge=0, description="L2 penalty of the regressions.")
     candidates: dict[str, Candidate] = Field(
         {}, description="Model and effort behind a name of the trials, where the served model is called otherwise."
     )
@@ -38,37 +37,47 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     candidates = _candidates(settings, context, train)
     names = list(candidates)
     learnt, table = Table.of(train, names), Table.of(test, names)
-    router = fit(
-        [row.prompt for row in train], learnt, candidates,
-        margin=settings.margin, size=settings.features, penalty=settings.penalty,
-    )  # fmt: skip
+    router = fit([row.prompt for row in train], learnt, candidates, settings)
     router.save(context.folder / MODEL)
     success = router.success([row.prompt for row in test])
-    order = learnt.mean_costs.argsort()
-    cheap, dear = names[order[0]], names[order[-1]]
-    reference = table.replay(table.always(dear))
-    policies = {f"always {name}": table.replay(table.always(name)) for name in names}
-    policies["router"] = table.replay(choose(success, router.costs, settings.margin))
-    policies["oracle"] = table.replay(table.oracle())
-    rows = {name: policy.to_row(reference) for name, policy in policies.items()}
-    sweep = [table.replay(choose(success, router.costs, margin)) for margin in MARGINS]
+    cheap, *_, dear = (names[place] for place in learnt.mean_costs.argsort())
+    policies = _policies(table, choose(success, router.costs, router.margin))
+    others = {"small": policies[f"always {cheap}"], "large": policies[f"always {dear}"], "coin": policies["coin"]}
+    gains = {name: policies["router"].gain(other) for name, other in others.items()}
+    rows = {name: policy.to_row(others["large"]) for name, policy in policies.items()}
+    sweep = {margin: table.replay(choose(success, router.costs, margin)) for margin in MARGINS}
+    errors = [calibration_error(success[:, n], table.scores[:, n] > 0.5) for n in range(len(names))]
     return {
         "train_prompts": len(train),
         "test_prompts": len(test),
         "always_small": cheap,
         "always_large": dear,
         "policies": rows,
+        "margin": router.margin,
         "router_accuracy": rows["router"]["accuracy"],
         "router_accuracy_interval": rows["router"]["interval"],
         "router_cost_share": rows["router"]["cost_share"],
-        "gain_over_small": policies["router"].gain(policies[f"always {cheap}"])[0],
-        "gain_over_large": rows["router"]["gain"],
+        **{f"gain_over_{name}": gain for name, (gain, _) in gains.items()},
+        **{f"gain_over_{name}_interval": list(interval) for name, (_, interval) in gains.items()},
         "brier_score": float(((success - table.scores) ** 2).mean()),
+        "calibration_error": float(np.mean(errors)),
+        "calibration_errors": dict(zip(names, errors, strict=True)),
         "margins": [
-            {"margin": margin, "accuracy": policy.accuracy, "cost": policy.cost}
-            for margin, policy in zip(MARGINS, sweep, strict=True)
+            {"margin": margin, "accuracy": policy.accuracy, "cost": policy.cost} for margin, policy in sweep.items()
         ],
         "bars": settings.bars,
+    }
+
+
+def _policies(table: Table, chosen: NDArray[np.intp]) -> dict[str, Policy]:
+    """One candidate for all, the router, the best coin for the router's cost, chance, and what no router can beat."""
+    router = table.replay(chosen)
+    return {
+        **{f"always {name}": table.replay(table.always(name)) for name in table.names},
+        "router": router,
+        "coin": table.coin(router.cost),
+        "random": table.random(),
+        "oracle": table.replay(table.oracle()),
     }
 
 

@@ -21,8 +21,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from nestling.core.errors import UserError
 from nestling.tokenizer import folder as hub_folder
 from nestling.tokenizer.bytelevel import ByteLevel, Characters, byte_symbols, check_text
+from nestling.tokenizer.folder import Companions
 from nestling.tokenizer.patterns import Pattern, split_pattern
-from nestling.tokenizer.special import END_OF_TEXT, SHOWN, TURN_END, TURN_START
+from nestling.tokenizer.pieces import Pieces
+from nestling.tokenizer.sandbox import ChatTemplate
+from nestling.tokenizer.sentencepiece import read_sentencepiece
+from nestling.tokenizer.special import END_OF_TEXT, PAD, SHOWN, TURN_END, TURN_START
 from nestling.tokenizer.template import CHAT_TEMPLATE
 
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # ours and GPT-2's and Qwen's; Llama 3's; older families'
@@ -47,8 +51,9 @@ class Tokenizer:
     """Text to ids and back. Immutable: `with_special` gives a new one.
 
     Args:
-        definition: the content of a tokenizer.json of the BPE family (byte-level, or characters as saved here).
+        definition: the content of a tokenizer.json, BPE or Unigram.
         where: named in error messages.
+        companions: what the files beside it say, for a tokenizer that was made elsewhere.
 
     Raises:
         UserError: the definition is of another family.
@@ -58,11 +63,15 @@ class Tokenizer:
     'a rose ☃'
     """
 
-    def __init__(self, definition: Mapping[str, Any], where: str | Path = "tokenizer.json") -> None:
+    def __init__(
+        self, definition: Mapping[str, Any], where: str | Path = "tokenizer.json", companions: Companions | None = None
+    ) -> None:
+        self.companions = companions or Companions()
         self.definition = hub_folder.check_definition(definition, where)
-        self._codec = Characters(definition) if hub_folder.is_characters(definition) else ByteLevel(definition)
-        self.special: dict[str, int] = {token["content"]: token["id"] for token in definition["added_tokens"]}
-        self.vocab_size: int = max([*self._codec.token_bytes, *self.special.values()]) + 1
+        self.special: dict[str, int] = hub_folder.control_tokens(self.definition, self.companions.template)
+        self._codec = _codec(self.definition, self.special, where)
+        numbers = [*self._codec.token_bytes, *self.special.values()]
+        self.vocab_size: int = max(numbers) + 1
         self._control = {number: name for name, number in self.special.items()}
         self._bytes = [self._codec.token_bytes.get(number, b"") for number in range(self.vocab_size)]
 
@@ -114,12 +123,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json from a checkpoint folder (ours, or a local Hugging Face folder of the BPE family).
+        """Read the tokenizer of a checkpoint folder, ours or a local Hugging Face folder.
+
+        That is tokenizer.json, or SentencePiece's tokenizer.model where there is none; and the files beside it.
 
         Raises:
-            UserError: no such file, or a tokenizer of another family.
+            UserError: no such file, a broken one, or a tokenizer of another family.
         """
-        return cls(hub_folder.read_definition(Path(folder)), where=folder)
+        folder = Path(folder)
+        model = folder / "tokenizer.model"
+        only_model = model.is_file() and not (folder / "tokenizer.json").is_file()
+        definition = read_sentencepiece(model) if only_model else hub_folder.read_definition(folder)
+        definition = hub_folder.check_definition(definition, folder)
+        companions = hub_folder.read_companions(folder)
+        return cls(hub_folder.with_named(definition, companions), folder, companions)
 
     @classmethod
     def from_gpt2(cls, vocab_json: str | Path, merges_txt: str | Path) -> Tokenizer:
@@ -137,7 +154,8 @@ class Tokenizer:
             hub_folder.added_token(self.vocab_size + place, name, hidden=name not in SHOWN)
             for place, name in enumerate(missing)
         ]
-        return Tokenizer({**self.definition, "added_tokens": [*self.definition["added_tokens"], *added]})
+        definition = {**self.definition, "added_tokens": [*self.definition["added_tokens"], *added]}
+        return Tokenizer(definition, companions=self.companions)
 
     def save(self, folder: str | Path, *, context: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json (with the chat template once chat tokens are present).
@@ -145,7 +163,21 @@ class Tokenizer:
         Args:
             context: the model's context length in tokens, stored as `model_max_length`.
         """
-        hub_folder.write(Path(folder), self.definition, self.special, self._end_name(), context)
+        named = {
+            "eos": TURN_END if self.chat_template == CHAT_TEMPLATE else self.companions.name("eos") or self._name(self._end),
+            "pad": self.companions.name("pad") if self.companions.template else self._name(self.pad_id),
+        }
+        config = {
+            **self.companions.config,
+            "tokenizer_class": "PreTrainedTokenizerFast",  # the one that reads tokenizer.json as it stands
+            "clean_up_tokenization_spaces": False,
+            **{f"{role}_token": name for role, name in named.items()},
+        }
+        if context:
+            config["model_max_length"] = context
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        hub_folder.write(Path(folder), self.definition, config)
 
     # ---- text to ids ----
 
@@ -157,6 +189,19 @@ class Tokenizer:
         """
         check_text(text)
         return self._codec.encode(text)
+
+    def encode_within(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a control token; SentencePiece's models put no space before it.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        check_text(text)
+        return self._codec.encode_within(text)
+
+    def spans(self, text: str, within: bool = False) -> list[tuple[int, int]]:
+        """Which characters of a text each of its ids stands for, as (start, end); `within` as for `encode_within`."""
+        return self._codec.spans(text, within)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts as uint32 arrays: the way for bulk text, on all cores of this process."""
@@ -177,8 +222,12 @@ class Tokenizer:
         return b"".join(self._control.get(number, "").encode() or self._bytes[number] for number in ids)
 
     def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
-        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids, control=control).decode("utf-8", errors="replace")
+        """The text that ids stand for; bytes that are not UTF-8 become U+FFFD.
+
+        Without the space before it that SentencePiece's models add.
+        """
+        text = self.decode_bytes(ids, control=control).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.strips_first else text
 
     def view(self, text: str | Sequence[int]) -> list[TokenPiece]:
         """Every token of a text (or of ids) with its id and what it stands for."""
@@ -205,23 +254,112 @@ class Tokenizer:
         return self.special[name]
 
     @property
+    def strips_first(self) -> bool:
+        """True when the space at the beginning of a decoded text is not part of it."""
+        return self._codec.strips_first
+
+    @property
     def end_of_text(self) -> int:
         """The id that stands after each document (<|endoftext|>, or what the loaded family calls it)."""
-        return self.id(self._end_name() or END_OF_TEXT)
+        return self.id(END_OF_TEXT) if self._end is None else self._end
+
+    @property
+    def start_of_text(self) -> int:
+        """The id that stands before a text: the family's own, such as Llama's <s>, or what ends the document before."""
+        return self._role("bos") if self.adds_start else self.end_of_text  # type: ignore[return-value]
+
+    @property
+    def adds_start(self) -> bool:
+        """Whether the family puts a token of its own before every text."""
+        steps = (self.definition.get("post_processor") or {}).get("single") or [{}]
+        said = self.companions.config.get("add_bos_token")
+        return self._role("bos") is not None and ("SpecialToken" in steps[0] if said is None else bool(said))
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills up batches: its own, or what ends a document; None for a tokenizer with neither."""
+        found = self.special.get(PAD, self._role("pad"))
+        return self._end if found is None else found
+
+    @property
+    def filler(self) -> int:
+        """`pad_id`, for who needs one.
+
+        Raises:
+            UserError: there is none.
+        """
+        return self.id(PAD) if self.pad_id is None else self.pad_id
 
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that says how messages are written; None for a base model's tokenizer."""
-        return CHAT_TEMPLATE if TURN_START in self.special and TURN_END in self.special else None
+        own = CHAT_TEMPLATE if TURN_START in self.special and TURN_END in self.special else None
+        return self.companions.template or own
 
     @property
-    def stop_ids(self) -> frozenset[int]:
-        """The ids that end a reply or a document."""
-        ends = {self.special[name] for name in (TURN_END,) if name in self.special}
-        return frozenset(ends | ({self.end_of_text} if self._end_name() else set()))
+    def has_own_form(self) -> bool:
+        """Whether conversations are written as models made here write them; else by the Jinja template, `template`."""
+        template = self.chat_template
+        return template is None or (template == CHAT_TEMPLATE and not isinstance(self._codec, Pieces))
 
-    def _end_name(self) -> str | None:
-        return next((name for name in _ENDS if name in self.special), None)
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template, ready to be filled in."""
+        if self.chat_template is None:
+            return None
+        return ChatTemplate(self.chat_template, self.special, self.companions.roles)
+
+    @cached_property
+    def turn_end(self) -> int:
+        """The id with which the assistant closes its turn: what the chat template writes there.
+
+        Raises:
+            UserError: a base model's tokenizer.
+        """
+        if self.template is None or self.has_own_form:
+            return self.id(TURN_END)
+        name = self.template.closing
+        return self.end_of_text if name is None else self.special[name]
+
+    @property
+    def turn_ends(self) -> frozenset[int]:
+        """The ids after which the assistant's turn is complete, tool calls included."""
+        return frozenset([self.turn_end]) if self.has_own_form else self.stop_ids
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a reply or a document: by the tokenizer, generation_config.json and the chat template."""
+        listed = self.companions.generation.get("eos_token_id")
+        ends = {*(listed if isinstance(listed, list) else [listed]), self._role("eos"), self._end}
+        ends |= {self.turn_end} if self.template is not None else set()
+        return frozenset(number for number in ends if number is not None)
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """bos_token_id, eos_token_id and pad_token_id, as config.json names them."""
+        begin = self._role("bos")
+        end = self.turn_end if self.template is not None else self._end
+        pad = self.special.get(PAD, self._role("pad"))
+        found = {"bos_token_id": self._end if begin is None else begin, "eos_token_id": end, "pad_token_id": pad}
+        return {name: number for name, number in found.items() if number is not None}
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json: what the model's makers wrote there, and the ids that end a reply, its own first."""
+        named = self.roles
+        ends = sorted(self.stop_ids, key=lambda number: (number != named.get("eos_token_id"), number))
+        return {**self.companions.generation, **named, **({"eos_token_id": ends} if ends else {})}
+
+    def _role(self, role: str) -> int | None:
+        return self.special.get(self.companions.name(role) or "")
+
+    def _name(self, number: int | None) -> str | None:
+        return None if number is None else self._control.get(number)
+
+    @cached_property
+    def _end(self) -> int | None:
+        known = next((self.special[name] for name in _ENDS if name in self.special), None)
+        return self._role("eos") if known is None else known
 
     @cached_property
     def byte_lengths(self) -> list[int]:
@@ -242,6 +380,14 @@ class Tokenizer:
     def text_hash(self) -> str:
         """Identity of what plain text becomes: unchanged when control tokens are appended, so shards stay valid."""
         return _digest({key: self.definition.get(key) for key in ("model", "normalizer", "pre_tokenizer")})
+
+
+def _codec(
+    definition: Mapping[str, Any], control: Mapping[str, int], where: str | Path
+) -> ByteLevel | Characters | Pieces:
+    if hub_folder.is_characters(definition):
+        return Characters(definition)
+    return (ByteLevel if hub_folder.is_byte_level(definition) else Pieces)(definition, control, where)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

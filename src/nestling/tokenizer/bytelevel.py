@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,30 +55,58 @@ def check_text(text: str) -> None:
         ) from None
 
 
+def library(definition: Mapping[str, Any], where: str | Path) -> tokenizers.Tokenizer:
+    """The tokenizer of the `tokenizers` library that a tokenizer.json describes.
+
+    Raises:
+        UserError: the library can't read it.
+    """
+    try:
+        return tokenizers.Tokenizer.from_buffer(json.dumps(definition).encode())
+    except ValueError as error:
+        raise UserError(f"the tokenizers library can't read it: {error}", where=where) from None
+
+
 class ByteLevel:
     """Byte-level BPE from the parts of a tokenizer.json.
 
     Args:
-        definition: tokenizer.json as a dict. Added tokens in it are ignored here: this part only ever sees text.
+        definition: tokenizer.json as a dict.
+        control: tokens that no text becomes; other added tokens are text.
+
+    Raises:
+        UserError: the `tokenizers` library can't read it; names it as `where`.
     """
 
-    def __init__(self, definition: Mapping[str, Any]) -> None:
-        control = {token["content"] for token in definition["added_tokens"]}
+    strips_first = False
+
+    def __init__(self, definition: Mapping[str, Any], control: Collection[str], where: str | Path) -> None:
+        kept = [token for token in definition["added_tokens"] if token["content"] not in control]
+        named = {token["content"] for token in definition["added_tokens"]}
         model = dict(definition["model"])
-        model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in control}
-        plain = dict(definition) | {"model": model, "added_tokens": [], "post_processor": None}
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in named}
+        plain = dict(definition) | {"model": model, "added_tokens": kept, "post_processor": None}
+        self._plain = library(plain, where)
         symbols = {symbol: byte for byte, symbol in byte_symbols().items()}
         self.token_bytes: dict[int, bytes] = {
             number: bytes(symbols[symbol] for symbol in token) for token, number in model["vocab"].items()
         }
-        self._fast = self._tiktoken(definition, model)
+        self._fast = None if kept else self._tiktoken(definition, model)
+        self.token_bytes |= {token["id"]: token["content"].encode() for token in kept}
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
         if self._is_fast(text):
             return self._fast.encode_ordinary(self._normal(text))
         return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_within(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a control token: as anywhere."""
+        return self.encode(text)
+
+    def spans(self, text: str, within: bool) -> list[tuple[int, int]]:
+        """Which characters each id of `encode` stands for, as (start, end)."""
+        return self._plain.encode(text, add_special_tokens=False).offsets
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts as uint32 arrays, on all cores that this process may use."""
@@ -163,6 +192,7 @@ class Characters:
             self._table[ord(character)] = number
 
     is_exactly_fast = False
+    strips_first = False
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text.
@@ -171,6 +201,15 @@ class Characters:
             UserError: a character that the vocabulary lacks, when there is no byte fallback.
         """
         return self._array(text).tolist()
+
+    def encode_within(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a control token: as anywhere."""
+        return self.encode(text)
+
+    def spans(self, text: str, within: bool) -> list[tuple[int, int]]:
+        """Which characters each id of `encode` stands for, as (start, end)."""
+        sizes = [len(self.encode(character)) for character in text]
+        return [(place, place + 1) for place, size in enumerate(sizes) for _ in range(size)]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts as uint32 arrays."""

@@ -3,27 +3,30 @@
     <|im_start|>role\\ncontent<|im_end|>\\n
 
 It gives the ids of the stored chat template in transformers. What it does differently, on purpose: text that spells a
-control token stays text here, where the template would let it through.
+control token stays text here, where the template would let it through. A model that was made elsewhere has a form of its
+own, and its template says it (`foreign.py`); for ours the code here does, which is the same and faster.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
 from nestling.core.types import Message, Role, ToolCall
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.calls import parse_call, read_calls
+from nestling.tokenizer.foreign import Tool, after_reply, render_foreign
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END, TURN_START
 from nestling.tokenizer.template import CHAT_TEMPLATE
 
-__all__ = ["CHAT_TEMPLATE", "Rendered", "parse_call", "parse_reply", "render"]
+__all__ = ["CHAT_TEMPLATE", "Rendered", "between", "parse_call", "parse_reply", "render"]
 
-Tool = str | Mapping[str, Any]
-"""A tool on offer: its name, or OpenAI's tool object, of which the name is used."""
+_THOUGHT = re.compile(rf"{THINK_START}.*?(?:{THINK_END}\s*|\Z)", re.DOTALL)
 
 
 @dataclass
@@ -35,7 +38,7 @@ class Rendered:
 
     ids: list[int] = field(default_factory=list)
     mask: list[bool] = field(default_factory=list)
-    """True where the assistant wrote the token: content, tool calls and the closing <|im_end|>."""
+    """True where the assistant wrote the token: content, tool calls and the closing <|im_end|>. Of use without `prompt`."""
 
     def add(self, ids: Sequence[int], written: bool) -> None:
         """Append tokens of one kind."""
@@ -49,21 +52,29 @@ def render(
     """Render a conversation.
 
     Args:
-        tools: tools on offer, named in the system turn ("Tools: calculator, search").
+        tools: tools on offer, named in the system turn ("Tools: calculator, search"); a foreign template may say more.
         prompt: end with "<|im_start|>assistant\\n", ready for the model to go on.
 
     Raises:
-        UserError: an unknown role, no message, or a tokenizer without chat tokens.
+        UserError: an unknown role, no message, a tokenizer without chat tokens, a foreign template that is broken or
+            refuses the conversation or, without `prompt`, doesn't tell what the assistant wrote.
     """
     if not messages:
         raise UserError("a conversation has no message")
+    for message in messages:
+        if message.role not in get_args(Role):
+            raise UserError("unknown role", value=message.role, fix=nearest(str(message.role), get_args(Role)))
+    if tokenizer.template is not None and not tokenizer.has_own_form:
+        return Rendered(*render_foreign(tokenizer, tokenizer.template, messages, tools, prompt))
+    return _render_own(tokenizer, messages, tools, prompt)
+
+
+def _render_own(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool) -> Rendered:
     out = Rendered()
     offer = "Tools: " + ", ".join(map(_tool_name, tools)) if tools else ""
     if offer and messages[0].role != "system":
         _turn(tokenizer, out, "system", offer)
     for place, message in enumerate(messages):
-        if message.role not in get_args(Role):
-            raise UserError("unknown role", value=message.role, fix=nearest(str(message.role), get_args(Role)))
         if message.role == "assistant":
             _assistant_turn(tokenizer, out, message)
         elif offer and place == 0 and message.role == "system":
@@ -94,6 +105,9 @@ def _assistant_turn(tokenizer: Tokenizer, out: Rendered, message: Message) -> No
 
 def reply_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     """What the assistant writes in one turn: content, tool calls, <|im_end|>. Inverse of `parse_reply`."""
+    if not tokenizer.has_own_form:
+        whole = render(tokenizer, [Message(role="user", content="."), message])
+        return [number for number, mine in zip(whole.ids, whole.mask, strict=True) if mine]
     ids = tokenizer.encode(message.content.lstrip())
     for call in message.tool_calls:
         name, arguments = (json.dumps(part, ensure_ascii=False) for part in (call.name, call.arguments))
@@ -102,12 +116,34 @@ def reply_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     return [*ids, tokenizer.id(TURN_END)]
 
 
-def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
+def between(
+    tokenizer: Tokenizer, prompt: Sequence[Message], reply: Message, answers: Sequence[Message],
+    tools: Sequence[Tool] = (),
+) -> list[int]:  # fmt: skip
+    """What stands between the end of a reply with calls and the next reply: the tools' answers, and its beginning.
+
+    Args:
+        prompt: what the reply replies to.
+
+    Raises:
+        UserError: a foreign template has no form for answers.
+    """
+    if tokenizer.template is not None and not tokenizer.has_own_form:
+        return after_reply(tokenizer, tokenizer.template, [*prompt, reply], answers, tools)
+    return [*tokenizer.encode("\n"), *render(tokenizer, answers, prompt=True).ids]
+
+
+def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] = ()) -> Message:
     """Read what the model wrote after "<|im_start|>assistant\\n", up to <|im_end|> or the end of `ids`.
 
     Thoughts between <think> and </think> are left out. A call that is not valid JSON with a name and arguments stays
     in the content, spelled, so that nothing the model wrote is lost silently.
+
+    Args:
+        tools: on offer; some foreign forms mark a call by nothing else than a tool's name.
     """
+    if not tokenizer.has_own_form:
+        return _parse_foreign(tokenizer, list(ids), tools)
     control = {tokenizer.special[name]: name for name in tokenizer.special}
     content: list[int] = []
     inner: list[int] = []
@@ -133,13 +169,13 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int]) -> Message:
     return Message(role="assistant", content=tokenizer.decode(content, control=True), tool_calls=tuple(calls))
 
 
-def parse_call(text: str) -> ToolCall | None:
-    """The call that stands between <tool_call> and </tool_call>; None where it is no JSON with a name and arguments."""
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
-        return None
-    arguments = data.get("arguments", {})
-    return ToolCall(name=data["name"], arguments=arguments) if isinstance(arguments, dict) else None
+def _parse_foreign(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Tool]) -> Message:
+    """As `parse_reply`; a template may have opened the thought that the reply ends."""
+    end = next((place for place, number in enumerate(ids) if number in tokenizer.turn_ends), len(ids))
+    text = tokenizer.decode(ids[:end], control=True)
+    if {THINK_START, THINK_END} <= tokenizer.special.keys():
+        text = _THOUGHT.sub("", text)
+        opened, mark, rest = text.partition(THINK_END)
+        text = rest.lstrip() if mark else opened
+    content, calls = read_calls(text, [_tool_name(tool) for tool in tools])
+    return Message(role="assistant", content=content, tool_calls=calls)

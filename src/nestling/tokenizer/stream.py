@@ -19,10 +19,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_start = tokenizer.strips_first
 
     def push(self, id: int) -> str:
         """The text that became whole with this id; often "" inside a character of several tokens."""
-        return self._decoder.decode(self._tokenizer.decode_bytes((id,)))
+        text = self._decoder.decode(self._tokenizer.decode_bytes((id,)))
+        if self._at_start and text:
+            self._at_start, text = False, text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character cut off in the middle, else ""."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,13 +32,15 @@ class Run:
     save: Callable[[], None]
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     """While it lasts, the modules can be called by one process alone."""
+    gradients: Callable[[], dict[str, float]] = dict
+    """Of the last update: the norm of each parameter's gradient, by name, before clipping."""
     clock: float = 0.0
     """Seconds since this process began to train; the main process's, so that all of them act alike."""
     step: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
     stopped: str | None = None
-    row: dict[str, float] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)
 
     @property
     def last(self) -> bool:
@@ -87,7 +90,12 @@ class Validating(Hook):
 
 
 class Logging(Hook):
-    """Rows of metrics.jsonl: every `log_every` steps, the first, the last, and those that were validated."""
+    """Rows of metrics.jsonl: every `log_every` steps, the first, the last, and those that were validated.
+
+    Where a step since the last row had a larger gradient than the row's own, its norm is noted beside: `grad_norm_max`.
+    """
+
+    _largest = 0.0
 
     def on_start(self, run: Run) -> None:
         """Open the file; rows of steps that will be run again are dropped."""
@@ -95,12 +103,16 @@ class Logging(Hook):
 
     def on_step(self, run: Run) -> None:
         """Write the row where it is due."""
+        self._largest = max(self._largest, run.row.get("grad_norm", 0.0))
         if self._log and (
             run.step == 1
             or run.every(run.settings.log_every)
             or (run.settings.validate_every and run.every(run.settings.validate_every))
         ):
+            if self._largest > run.row.get("grad_norm", 0.0):
+                run.row["grad_norm_max"] = self._largest
             self._log.write(run.row)
+            self._largest = 0.0
 
     def on_end(self, run: Run) -> None:
         """Close the file."""

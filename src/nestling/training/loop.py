@@ -27,7 +27,7 @@ from nestling.core import ranks
 from nestling.core.errors import Interrupted, UserError
 from nestling.core.metrics import Progress, read_metrics, say
 from nestling.core.registry import find
-from nestling.core.runtime import Runtime, measured_peak, stream_seed
+from nestling.core.runtime import Runtime, keep_freed_memory, measured_peak, stream_seed
 from nestling.training import resume
 from nestling.training.compiling import Compiler
 from nestling.training.contract import MICROBATCH, Objective, Update
@@ -115,6 +115,8 @@ class _Loop:
     ) -> None:
         self.objective, self.settings, self.folder, self.runtime = objective, settings, folder, runtime
         self.seed, self.quiet = seed, quiet
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         self.modules = objective.trainable()
         for module in self.modules.values():
             module.train()
@@ -132,8 +134,9 @@ class _Loop:
         choice = settings.compile if plain else "off"
         self.compiler = Compiler(choice, self.modules, folder / "resume" / "compile.json", self.say)
         self.run = Run(
-            objective, settings, folder, runtime, lambda: self.weights.context(runtime.device), self.save, self.weights.whole
-        )
+            objective, settings, folder, runtime, lambda: self.weights.context(runtime.device), self.save, self.weights.whole,
+            self.weights.gradients,
+        )  # fmt: skip
         self.asked: list[str] = []  # signals that this process got
         self.stopping = False  # whether any process got one
         self.utilisation = 0.0

@@ -255,13 +255,14 @@ class Sharded(Weights):
 
     def clip(self, largest: float) -> Tensor:
         """As `Weights.clip`: each rectangle counts once in the norm, however many processes hold it."""
-        total = torch.zeros((), device=self._layout.device, dtype=torch.float32)
-        for name, master in self.masters.items():
+        squares = torch.zeros(len(self.masters), device=self._layout.device, dtype=torch.float32)
+        for number, (name, master) in enumerate(self.masters.items()):
             if master.grad is not None:
                 holders = self.holders(name)
-                total += master.grad.square().sum() / holders.count(holders[self._layout.member])
-        dist.all_reduce(total)
-        norm = (total / self._layout.replicate).sqrt()
+                squares[number] = master.grad.square().sum() / holders.count(holders[self._layout.member])
+        dist.all_reduce(squares)
+        norms = (squares / self._layout.replicate).sqrt()
+        self.norms, norm = dict(zip(self.masters, norms, strict=True)), torch.linalg.vector_norm(norms)
         if largest > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), largest, norm)
         return norm

@@ -41,6 +41,7 @@ class Weights:
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.norms: dict[str, Tensor] = {}  # of each gradient when it was last clipped, before that
         self.regions: dict[str, Region] = {}  # of which rectangle of its parameter a master is, where it isn't all
         everything = named_parameters(modules)
         self._all = list(everything.values())
@@ -102,6 +103,12 @@ class Weights:
                 parameter.data = full.data
                 parameter.grad = None
 
+    def gradients(self) -> dict[str, float]:
+        """The norm of each trained parameter's gradient when it was last clipped, before that; 0 where there was none."""
+        missing = dict.fromkeys(self.masters.keys() - self.norms.keys(), 0.0)
+        values = torch.stack(list(self.norms.values())).tolist() if self.norms else []  # one transfer
+        return {**missing, **dict(zip(self.norms, values, strict=True))}
+
     @contextmanager
     def context(self, device: torch.device) -> Iterator[None]:
         """What the objective's code runs in: autocast under fp16, nothing otherwise."""
@@ -110,12 +117,15 @@ class Weights:
 
     def clip(self, largest: float) -> Tensor:
         """Scale the masters' gradients to a global norm of at most `largest` (0: no limit); returns the norm before."""
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        grads = {name: m.grad for name, m in self.masters.items() if m.grad is not None}
+        self.norms = dict(zip(grads, torch._foreach_norm(list(grads.values())), strict=True)) if grads else {}
+        norm = torch.linalg.vector_norm(torch.stack(list(self.norms.values()))) if grads else torch.zeros(())
         if largest > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), largest, norm)
         return norm
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if not parameter.requires_grad:  # nothing steps it: it only comes back at the end
+        return nn.Parameter(parameter.detach(), requires_grad=False)
     return nn.Parameter(parameter.detach().float().clone(), requires_grad=parameter.requires_grad)

@@ -58,13 +58,16 @@ class TrainSettings(Config):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Compile the repeated block; auto does where the run is long enough to gain by it."
     )
-    # These two change who computes and what is kept, not what comes out, so a stage's key leaves them out: a run goes on
+    # These change who computes and what is kept, not what comes out, so a stage's key leaves them out: a run goes on
     # with another number of processes.
     recompute: Literal["none", "blocks"] = Field(
         default="none",
         exclude=True,
         description="What the backward pass computes again instead of remembering: nothing, or the repeated blocks, "
         "for a third more work and a fraction of the memory.",
+    )
+    ignore_memory: bool = Field(
+        default=False, exclude=True, description="Start even where the memory that is free will not do."
     )
     parallel: ParallelSettings = Field(
         default=ParallelSettings(), exclude=True, description="How several processes (torchrun) share the work."

@@ -6,19 +6,22 @@ same idea said again, so whoever divides the rows keeps a group together and cou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from nestling.core.errors import UserError
 from nestling.core.types import Labelled
 from nestling.world import turns
 from nestling.world.facts import Facts
-from nestling.world.language import fill, wording
+from nestling.world.language import Language, capital, fill, wording
 from nestling.world.streams import Stream
 
 ORDINARY = 0.2  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
 SURROUNDED = 0.3  # share of texts that stand among ordinary sentences
+_SLOT = re.compile(r"\{(\w+)[^}]*\}")
 
 
 def labelled(facts: Facts, seed: int, count: int, split: str) -> Iterator[Labelled]:
@@ -47,19 +50,51 @@ def _flagged_or_alike(facts: Facts, stream: Stream, split: str) -> Labelled:
     if form == "ask":
         form = stream.weighted((form, "reply", "refuse"), (1 - REPLIES - REFUSALS, REPLIES, REFUSALS if labels else 0))
         labels = () if form == "refuse" else labels
-    phrase = wording(stream, made, split)
-    slots = {"x": phrase, **_slots(facts, stream, wording(stream, data["groups"], split))}
+    phrase, slots = _phrase(facts, stream, kind, split)
     text = fill(wording(stream, data["forms"][form], split), slots)
     group = phrase if form != "refuse" else f"refuse {phrase}"
     return Labelled(text=_surrounded(facts, stream, split, text), labels=labels, meta={"kind": kind, "group": group})
 
 
-def _slots(facts: Facts, stream: Stream, group: str) -> Mapping[str, Any]:
-    first, second = stream.several(facts.people, 2)
-    town = stream.pick(facts.towns)
-    words = {name: stream.pick(choices) for name, choices in facts.lang.get("moderation.words").items()}
-    return words | {"p": first, "q": second, "t": town, "o": stream.pick(facts.objects),
-                    "a": stream.pick(facts.animals), "g": group.format_map({"t": town})}
+def _phrase(facts: Facts, stream: Stream, kind: str, split: str) -> tuple[str, Slots]:
+    """A phrase of this kind, and the slots of its text with the filled phrase as x; in training none that is held out."""
+    made = facts.lang.data["moderation"]["kinds"][kind]
+    while True:
+        phrase, slots = wording(stream, made, split), Slots(facts, stream, split)
+        slots["x"] = phrase.format_map(slots)
+        if split != "train" or not held_out(facts.lang, kind).fullmatch(slots["x"]):
+            return phrase, slots
+
+
+class Slots(dict[str, Any]):
+    """What a wording's slots stand for: one and the same people, town and group, but other words each time."""
+
+    def __init__(self, facts: Facts, stream: Stream, split: str) -> None:
+        data = facts.lang.data["moderation"]
+        first, second = stream.several(facts.people, 2)
+        town = stream.pick(facts.towns)
+        super().__init__(p=first, q=second, t=town, o=stream.pick(facts.objects), a=stream.pick(facts.animals))
+        self["g"] = wording(stream, data["groups"], split).format_map({"t": town})
+        self._stream, self._lang = stream, facts.lang
+        self._lists: Mapping[str, Sequence[str]] = {**data["words"], **data["parts"]}
+
+    def __missing__(self, name: str) -> str:
+        """One of the words of this name; a noun where it holds no slots of its own, so that {word.a} has an article."""
+        chosen = self._stream.pick(self._lists[name])
+        return chosen.format_map(self) if "{" in chosen else self._lang.noun(chosen) if chosen else chosen
+
+
+@lru_cache(maxsize=64)
+def held_out(lang: Language, kind: str) -> re.Pattern[str]:
+    """What matches every text that a held-out phrase of this kind can become."""
+    data = lang.data["moderation"]
+
+    def choices(slot: re.Match[str]) -> str:
+        words = data["words"].get(slot[1])
+        return "(?:" + "|".join(map(re.escape, words)) + ")" if words else ".+?"
+
+    phrases = [re.sub(r"\\{(\w+)[^}]*\\}", choices, re.escape(phrase)) for phrase in data["kinds"][kind]["heldout"]]
+    return re.compile("|".join(phrases), re.IGNORECASE)
 
 
 def _surrounded(facts: Facts, stream: Stream, split: str, text: str) -> str:

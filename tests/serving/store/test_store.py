@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from nestling.core.errors import UserError
+from nestling.core.types import Message, ToolCall
 from nestling.serving.store.database import Database
 from nestling.serving.store.records import (
     Candidate,
@@ -337,3 +338,22 @@ def _plain():
     from nestling.serving.store.records import ModelVersion, Written
 
     return Written(version=ModelVersion(name="small"), content="Hello!")
+
+
+def test_responses_are_kept_for_their_owner(store):
+    """In both databases: the latest few, whole, and gone when they are to go."""
+    said = (
+        Message(role="user", content="Hi\0"),
+        Message(role="assistant", tool_calls=(ToolCall(name="f", arguments={}),)),
+    )
+    ann, bob = store.of("ann").responses, store.of("bob").responses
+    bob.keep({"id": "resp_b", "output": []}, said, limit=2)
+    for number in range(3):
+        ann.keep({"id": f"resp_{number}", "output": [{"text": "猫"}]}, said, limit=2)
+    assert [ann.get(f"resp_{number}") is not None for number in range(3)] == [False, True, True]
+    body, messages = ann.get("resp_2")
+    assert body == {"id": "resp_2", "output": [{"text": "猫"}]}
+    assert messages == (said[0].model_copy(update={"content": "Hi\ufffd"}), said[1])
+    assert (bob.get("resp_2"), bob.forget("resp_2"), bob.get("resp_b") is not None) == (None, False, True)
+    assert store.responses.forget_all(before=time.time() - 60) == 0
+    assert store.responses.forget_all() == 3

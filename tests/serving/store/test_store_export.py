@@ -13,7 +13,8 @@ from nestling.core.storage import read_rows
 from nestling.core.types import Conversation, Labelled, Ranking
 from nestling.loading.chats import ChatLoader
 from nestling.loading.preferences import RankingLoader
-from nestling.serving.store.export import CATEGORIES, Filters, export
+from nestling.serving.store.export import Filters, export
+from nestling.serving.store.labels import CATEGORIES
 from nestling.serving.store.records import VoteRecord
 from nestling.serving.store.store import Store
 from nestling.tokenizer.bpe import Tokenizer
@@ -112,7 +113,7 @@ def test_what_nobody_should_learn_is_left_out_and_counted(store, talk, reply, ex
     store.feedback.vote(cut.id, UP)
     _, bad_question, [flagged] = talk("How to …?", "No.")
     store.feedback.vote(flagged.id, UP)
-    store.feedback.flag(bad_question.id, "violence")
+    store.moderation.review(store.feedback.flag(bad_question.id, "violence").id, True)
     with_calls = reply("4", steps=[{"role": "tool", "content": "4"}])
     other, _, two = talk("2 + 2?", with_calls, "4")
     store.feedback.rank(other, [[m.id] for m in two])
@@ -135,7 +136,7 @@ def test_reports_in_other_words_are_no_labels(store, talk, exported):
     _, question, _ = talk("Hi", "x")
     for category in ("boring", "hate", "harassment"):
         store.feedback.flag(question.id, category)
-    _, _, [row], counts = exported()
+    _, _, [row], counts = exported(trust_reports=True)
     assert row.labels == ("harassment", "hate")
     assert counts.left_out == {"report in other words": 1}
 

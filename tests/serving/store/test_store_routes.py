@@ -322,4 +322,7 @@ def test_a_flagged_reply_is_withheld_and_kept_for_people_to_look_at(tokenizer, k
         message = events(client.post(f"/api/conversations/{id}/reply", json={}))[-1]["message"]
         assert (message["content"], message["reply"]["finish"]) == ("", "content_filter")
         assert client.get(f"/api/conversations/{id}").json()["messages"][-1]["flagged"]
-        assert [text for text, _ in kept.moderation.judged()] == [said]
+        assert [text for text, said_of in kept.moderation.judged() if said_of.flagged] == [said]
+        told = [said_of for _, said_of in kept.moderation.judged() if not said_of.flagged]
+        assert [one.direction for one in told] == ["input", "output", "input"]
+        assert all(one.message and one.text is None for one in told)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from nestling.core.config import Config
+from nestling.core.runtime import python_stream
 from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 from nestling.corpus.splits import Split
 from nestling.world import World
@@ -27,21 +29,33 @@ class Settings(Config):
     count: int = Field(1000, ge=1, description="how many items to draw for training")
     val_share: float = Field(0.1, gt=0, le=1, description="size of the validation split as a share of training's")
     kinds: dict[str, float] | None = Field(None, description="weights of the kinds of dialogues or prompts; none means all")
+    moderation: float = Field(0.0, ge=0, lt=1, description="share of the documents that are texts of `labels`, bare")
     noise: float = Field(0.1, ge=0, le=1, description="how often a ranking's labeller errs")
 
 
 def documents(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Document]:
     """Facts told in many ways, stories, letters, sums; a budget in bytes ends with the document that fills it."""
-    world = world_of(settings, seed)
+    drawn = _documents(settings, seed, split)
     if settings.bytes is None:
-        yield from world.documents(seed, count=_count(settings, split), split=split)
+        yield from islice(drawn, _count(settings, split))
         return
     left = settings.bytes * (settings.val_share if split == "val" else 1.0)
-    for document in world.documents(seed, count=_ENDLESS, split=split):
+    for document in drawn:
         yield document
         left -= len(document.text.encode())
         if left <= 0:
             return
+
+
+def _documents(settings: Settings, seed: int, split: Split) -> Iterator[Document]:
+    """Endless documents, with texts of `labels` among them where they are wanted."""
+    world, stream = world_of(settings, seed), python_stream(seed, "moderation", split)
+    texts = enumerate(world.labelled(seed, _ENDLESS, split) if settings.moderation else ())
+    for document in world.documents(seed, split=split):
+        yield document
+        while stream.random() < settings.moderation:
+            place, row = next(texts)
+            yield Document(id=f"{split}-m{place:07d}", text=row.text, source="world", meta={"kind": "moderation"})
 
 
 def conversations(settings: Settings, seed: int, split: Split, skipped: list[str]) -> Iterator[Conversation]:

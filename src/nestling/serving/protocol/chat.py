@@ -245,7 +245,8 @@ def call_id(reply: str, choice: int, index: int) -> str:
     return f"call_{reply.rpartition('-')[2]}_{choice}_{index}"
 
 
-def usage(prompt: int, written: int, thought: int = 0) -> dict[str, Any]:
-    """Token counts of a chat reply or completion."""
+def usage(prompt: int, written: int, *, cached: int = 0, thought: int = 0) -> dict[str, Any]:
+    """Token counts of a chat reply or completion; `cached` tokens of the prompt did not have to be computed."""
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens_details": {"reasoning_tokens": thought}}  # fmt: skip

@@ -59,7 +59,7 @@ class CompletionRequest(Decoding):
         given: Any = [""] if self.prompt is None else self.prompt
         several = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         return [
-            [tokenizer.end_of_text, *tokenizer.encode(one)]
+            [tokenizer.start_of_text, *tokenizer.encode(one)]
             if isinstance(one, str)
             else check_ids(tokenizer, one, "prompt")
             for one in several

@@ -1,10 +1,8 @@
-"""/v1/responses: the request, its items as messages, and what is remembered for previous_response_id."""
+"""/v1/responses: the request and its items as messages."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -207,48 +205,3 @@ def _append(messages: list[Message], message: Message) -> None:
         messages[-1] = Message(role="assistant", content=last.content, tool_calls=calls)
     else:
         messages.append(message)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A response that may be asked for again: what was sent, and the conversation so far without instructions."""
-
-    body: dict[str, Any]
-    messages: tuple[Message, ...]
-    key: str
-    """Who may ask for it."""
-
-
-class Memory:
-    """The last responses, in memory: they are gone when the service ends."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-
-    def keep(self, kept: Kept) -> None:
-        """Remember a response; the oldest one may be forgotten for it."""
-        self._kept[kept.body["id"]] = kept
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-
-    def get(self, name: str, key: str, param: str | None = None) -> Kept:
-        """The response of that id, if the key's holder made it.
-
-        Raises:
-            ApiError: 404 otherwise.
-        """
-        found = self._kept.get(name)
-        if found is None or found.key != key:
-            what = f"no response {name!r} is remembered here"
-            raise ApiError(what, status=404 if param is None else 400, code="response_not_found", param=param)
-        return found
-
-    def forget(self, name: str, key: str) -> None:
-        """Forget a response.
-
-        Raises:
-            ApiError: 404, there is none.
-        """
-        self.get(name, key)
-        del self._kept[name]

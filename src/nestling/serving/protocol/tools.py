@@ -9,6 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nestling.serving.errors import ApiError
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tools import Toolbox
 
 
 class Function(BaseModel):
@@ -62,6 +64,13 @@ class Offer:
     def names(self) -> tuple[str, ...]:
         """All names, for the system turn."""
         return (*(function.name for function in self.functions), *self.own)
+
+    def told(self, tokenizer: Tokenizer, toolbox: Toolbox) -> Sequence[Any]:
+        """What the model is told of them: ours know tools by name, others read their definitions."""
+        if tokenizer.has_own_form:
+            return self.names
+        theirs = [{"type": "function", "function": one.model_dump(exclude_none=True)} for one in self.functions]
+        return [*theirs, *(about for about in toolbox.schemas() if about["function"]["name"] in self.own)]
 
     @property
     def constraint(self) -> dict[str, Any] | None:

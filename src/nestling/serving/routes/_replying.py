@@ -28,6 +28,7 @@ from nestling.serving.protocol.deltas import Delta
 from nestling.serving.protocol.logprobs import LOWEST, spelled
 from nestling.serving.protocol.messages import Wire
 from nestling.serving.protocol.tools import Offer
+from nestling.serving.rendering import Progressive, to_html
 from nestling.serving.routes._opened import STORE_ERRORS, answer_for
 from nestling.serving.sending import EventStream
 from nestling.serving.settings import ServeSettings
@@ -183,7 +184,7 @@ def tell(request: Request, store: Store, begun: Begun, keep: Keep, *, blind: boo
     def keep_all(written: Written) -> MessageRecord:
         try:
             message = keep(written)
-            store.moderation.add([_about(said, message) for said in begun.verdicts])
+            store.moderation.add([_about(said, message) for said in begun.verdicts[-1:]])  # the one on the whole text
         except STORE_ERRORS as error:
             raise answer_for(error) from error
         return message
@@ -193,8 +194,8 @@ def tell(request: Request, store: Store, begun: Begun, keep: Keep, *, blind: boo
 
 
 def _about(verdict: Verdict, message: MessageRecord) -> Verdict:
-    """The verdict as one on a message, with the text only where the message was not told in full."""
-    text = None if verdict.text == message.content else verdict.text
+    """The verdict as one on a message, with the text only where one was withheld."""
+    text = verdict.text if verdict.flagged and verdict.text != message.content else None
     return verdict.model_copy(update={"message": message.id, "text": text})
 
 
@@ -209,6 +210,7 @@ class Telling:
         self._wish, self._answer, self._forgotten = begun.wish, begun.answer, begun.forgotten
         self._keep, self._record, self._blind = keep, record, blind
         self._text, self._thought = "", ""
+        self._page = Progressive()
         self._tokens: list[TokenRecord] = []
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -224,12 +226,15 @@ class Telling:
                 async for deltas in batches:
                     self._note_first()
                     yield [self._event(delta) for delta in deltas]
+                    if html := await asyncio.to_thread(self._page.offer, self._text):
+                        yield [{"type": "html", "html": html}]
         finally:
             self._tell_record()
             if self._text or self._thought or self._answer.steps or self._answer.finish != "cancelled":
                 message = await asyncio.to_thread(self._keep, self._written())
         assert message is not None
-        yield [{"type": "done", "message": message.model_dump(mode="json")}]
+        html = await asyncio.to_thread(to_html, message.content)
+        yield [{"type": "done", "message": message.model_dump(mode="json"), "html": html}]
 
     def _note_first(self) -> None:
         self._record.seen_token()

@@ -111,4 +111,6 @@ def _usage(answers: Sequence[Answer], record: Record) -> dict[str, Any]:
     """Token counts of all choices; the record learns them too."""
     record.completion_tokens = sum(answer.completion_tokens for answer in answers)
     record.finish = answers[0].finish
-    return usage(record.prompt_tokens, record.completion_tokens, sum(answer.thought_tokens for answer in answers))
+    cached = min(answer.cached_tokens for answer in answers)  # choices share their prompt, which is counted once
+    thought = sum(answer.thought_tokens for answer in answers)
+    return usage(record.prompt_tokens, record.completion_tokens, cached=cached, thought=thought)

@@ -59,6 +59,12 @@ class Text:
         return sum(done.sampled) if done else 0
 
     @property
+    def reused(self) -> int:
+        """Tokens of the prompt that did not have to be computed."""
+        done = self.stream.completion if self.stream else None
+        return done.reused if done else 0
+
+    @property
     def score(self) -> float:
         """Mean log-probability: what best_of compares."""
         done = self.stream.completion if self.stream else None
@@ -136,7 +142,7 @@ def _text(
 async def _echo(served: Served, ids: list[int], body: CompletionRequest) -> list[TokenLog]:
     """The prompt's own tokens with their log-probabilities; the <|endoftext|> before a text is not part of it."""
     if len(ids) == 1:
-        return [] if ids[0] == served.tokenizer.end_of_text else [TokenLog(ids[0], None)]  # type: ignore[arg-type]
+        return [] if ids[0] == served.tokenizer.start_of_text else [TokenLog(ids[0], None)]  # type: ignore[arg-type]
     scored = await prompt_logprobs(served.driver, ids, body.logprobs or 0)
     given = body.prompt
     is_text = isinstance(given, str) or (isinstance(given, list) and isinstance(given[0], str))
@@ -199,4 +205,7 @@ async def _streamed(
 def _usage(texts: Sequence[Text], record: Record) -> dict[str, Any]:
     record.completion_tokens = sum(text.written for text in texts)
     record.finish = texts[0].finish
-    return usage(record.prompt_tokens, record.completion_tokens)
+    cached: dict[int, int] = {}  # by prompt: its texts share it, and it is counted once
+    for text in texts:
+        cached[id(text.prompt)] = min(text.reused, cached.get(id(text.prompt), text.reused))
+    return usage(record.prompt_tokens, record.completion_tokens, cached=sum(cached.values()))

@@ -42,6 +42,7 @@ unknown id, 400 for a wrong body, 409 for a vote on a comparison that is decided
     POST   /api/comparisons/{id}/reply/{side}            → events, as of /reply; side is a or b, both may run at once
     PUT    /api/comparisons/{id}/vote                    {choice: "a" | "b" | "tie" | "both_bad", comment?} → comparison,
                                                          now with identities {a: {model, checkpoint, sampling}, b: …}
+    POST   /api/render                                   {texts: [Markdown]} → {data: [sanitised HTML]}
     GET    /api/feedback/stats                           {conversations, messages, replies, up, down, flags, comparisons, …}
 
 Events of a reply are server-sent: each `data:` line is one JSON object, the last one is `[DONE]`.
@@ -49,7 +50,8 @@ Events of a reply are server-sent: each `data:` line is one JSON object, the las
     {"type": "start", "parent": id, "model": name or null where blind, "forgotten": messages left out of the context}
     {"type": "text", "text": "Hel", "tokens": [{text, logprob, top: [{text, logprob}]}]}
     {"type": "thinking", "text": …}    {"type": "call", "name", "arguments": JSON text}    {"type": "result", "text": …}
-    {"type": "done", "message": message}    or    {"error": {message, type, code, param}}
+    {"type": "html", "html": the text so far (since the last call) as sanitised HTML}; now and then
+    {"type": "done", "message": message, "html": of its content}    or    {"error": {message, type, code, param}}
 
 A client that goes away, or presses stop, ends the reply: what was written by then is stored with finish "cancelled". A
 reply is stored before "done" is sent: what a client has seen acknowledged survives a crash.

@@ -31,4 +31,4 @@ def _entry(one: Served) -> dict[str, Any]:
     """OpenAI's four fields, and what people ask next."""
     return {"id": one.name, "object": "model", "created": one.created, "owned_by": "nestling", "kind": one.kind,
             "max_model_len": one.context, "fingerprint": one.fingerprint,
-            "parameters": one.driver.engine.model.parameter_count()}  # fmt: skip
+            "parameters": one.driver.engine.model.parameter_count(), "tools": one.toolbox.names}  # fmt: skip

@@ -18,8 +18,10 @@ from nestling.serving.errors import ApiError
 from nestling.serving.models import Served
 from nestling.serving.observing import Record
 from nestling.serving.protocol.response_events import Composer, Event
-from nestling.serving.protocol.responses import Kept, Memory, ResponsesRequest
+from nestling.serving.protocol.responses import ResponsesRequest
 from nestling.serving.protocol.tools import offer
+from nestling.serving.remembering import Kept, Memory
+from nestling.serving.routes._opened import STORE_ERRORS, answer_for
 from nestling.serving.sending import STREAMS, EventStream, answer_to
 from nestling.serving.settings import ServeSettings
 
@@ -35,7 +37,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     settings: ServeSettings = request.app.state.settings
     memory: Memory = request.app.state.memory
     record: Record = request.state.record
-    messages = _conversation(body, memory, record.key)
+    messages = await _conversation(body, memory, record.key)
     chosen = choose(request.app.state, body.model, messages)
     served = chosen.served
     question = await guarded(request, chosen.adapt(_question(served, settings, body, messages)))
@@ -53,14 +55,18 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
 @router.get("/v1/responses/{name}")
 async def get_response(request: Request, name: str) -> dict[str, Any]:
     """A response that is still remembered."""
-    memory: Memory = request.app.state.memory
-    return memory.get(name, request.state.record.key).body
+    return (await _remembered(request.app.state.memory, name, request.state.record.key)).body
 
 
 @router.delete("/v1/responses/{name}")
 async def delete_response(request: Request, name: str) -> dict[str, Any]:
     """Forget a response."""
-    request.app.state.memory.forget(name, request.state.record.key)
+    try:
+        forgotten = await request.app.state.memory.forget(name, request.state.record.key)
+    except STORE_ERRORS as error:
+        raise answer_for(error) from error
+    if not forgotten:
+        raise _unknown(name)
     return {"id": name, "object": "response", "deleted": True}
 
 
@@ -91,29 +97,47 @@ class _Reply:
         finally:
             self._record.completion_tokens, self._record.finish = self._answer.completion_tokens, self._answer.finish
         last = self._composer.end(self._answer.finish, self._usage())
-        self._keep()
+        await self._keep()
         yield last
 
     def _usage(self) -> dict[str, Any]:
-        """Token counts; the engine shares beginnings but does not tell how much of which, so none count as cached."""
+        """Token counts."""
         read, written = self._record.prompt_tokens, self._answer.completion_tokens
-        return {"input_tokens": read, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": written,
-                "output_tokens_details": {"reasoning_tokens": self._answer.thought_tokens},
+        return {"input_tokens": read, "input_tokens_details": {"cached_tokens": self._answer.cached_tokens},
+                "output_tokens": written, "output_tokens_details": {"reasoning_tokens": self._answer.thought_tokens},
                 "total_tokens": read + written}  # fmt: skip
 
-    def _keep(self) -> None:
+    async def _keep(self) -> None:
         """Remember the conversation, the reply as the model will be shown it included."""
         reply = self._answer.message()
         self._record.text |= {"reply": reply.to_row()}
         if self._memory is not None:
             said = (*self._messages, *self._answer.steps, reply)
-            self._memory.keep(Kept(self._composer.body, said, self._record.key))
+            try:
+                await self._memory.keep(Kept(self._composer.body, said), self._record.key)
+            except STORE_ERRORS as error:
+                raise answer_for(error) from error
 
 
-def _conversation(body: ResponsesRequest, memory: Memory, key: str) -> tuple[Message, ...]:
+async def _remembered(memory: Memory, name: str, key: str, param: str | None = None) -> Kept:
+    try:
+        found = await memory.get(name, key)
+    except STORE_ERRORS as error:
+        raise answer_for(error) from error
+    if found is None:
+        raise _unknown(name, param)
+    return found
+
+
+def _unknown(name: str, param: str | None = None) -> ApiError:
+    what = f"no response {name!r} is remembered here"
+    return ApiError(what, status=404 if param is None else 400, code="response_not_found", param=param)
+
+
+async def _conversation(body: ResponsesRequest, memory: Memory, key: str) -> tuple[Message, ...]:
     """What was said before, and what is said now."""
     previous = body.previous_response_id
-    before = memory.get(previous, key, "previous_response_id").messages if previous else ()
+    before = (await _remembered(memory, previous, key, "previous_response_id")).messages if previous else ()
     messages = (*before, *body.messages())
     if not messages:
         raise ApiError("input: there is nothing to answer", param="input", code="missing_required_parameter")

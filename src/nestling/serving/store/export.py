@@ -3,7 +3,7 @@
     rankings.jsonl        two replies of which one was voted up and the other down; blind comparisons (0.5 each for a tie);
                           rankings of several variants
     conversations.jsonl   from the start to a reply that was voted up; the longest such path of each branch
-    labels.jsonl          messages that users reported, with the moderation categories they named
+    labels.jsonl          what an operator said of reports and of verdicts, and clean messages beside it (`labels.py`)
 
 A row tells in `meta` which conversation it comes from, and which models answered.
 """
@@ -22,16 +22,11 @@ from nestling.core.storage import write_json, write_rows
 from nestling.core.types import Conversation, Labelled, Message, Ranking, Response
 from nestling.serving.store.arena import POINTS, read_comparisons
 from nestling.serving.store.feedback import read_rankings
+from nestling.serving.store.labels import labels
 from nestling.serving.store.messages import path_to, read_messages
 from nestling.serving.store.records import MessageRecord
-from nestling.serving.store.schema import COMPARISONS, CONVERSATIONS, FLAGS, MESSAGES, RANKINGS, VOTES
+from nestling.serving.store.schema import COMPARISONS, CONVERSATIONS, MESSAGES, RANKINGS, VOTES
 from nestling.serving.store.store import Store
-
-CATEGORIES = (
-    "harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm",
-    "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors", "violence", "violence/graphic",
-)  # fmt: skip
-"""OpenAI's names, which a moderation model is trained on; a report in other words is no label."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,11 @@ class Filters:
     model: str | None = None
     """Only rows in which every judged reply is this model's."""
     with_flagged: bool = False
-    """Also rows in which a message was reported."""
+    """Also rankings and conversations in which a message was reported."""
+    clean: float = 1.0
+    """Most labels of clean messages for each label that an operator gave."""
+    trust_reports: bool = False
+    """Take reports that no operator has looked at for upheld."""
 
 
 @dataclass
@@ -113,17 +112,11 @@ class Exporter:
                     yield _conversation(talk, path)
 
     def labels(self) -> Iterator[Labelled]:
-        """Every reported message with the moderation categories that it was reported for."""
-        for talk in self._talks():
-            for message in talk.messages:
-                named = talk.flags(message.id, self._filters.since)
-                if others := len(named - {*CATEGORIES}):
-                    self._counts.left_out["report in other words"] += others
-                if not (labels := sorted(named & {*CATEGORIES})):
-                    continue
-                self._counts.written["labels"] += 1
-                meta = {"source": "feedback", "conversation": talk.id, "group": talk.id}
-                yield Labelled(text=message.content, labels=tuple(labels), judged=tuple(labels), meta=meta)
+        """Reviewed reports and verdicts, and clean messages."""
+        wanted = self._filters
+        for row in labels(self._store, wanted.since, wanted.clean, wanted.trust_reports, self._counts.left_out):
+            self._counts.written["clean labels" if row.meta["kind"] == "clean" else "labels"] += 1
+            yield row
 
     def _talks(self) -> Iterator[Talk]:
         database, mine = self._store.database, self._store.conversations.mine()
@@ -171,13 +164,6 @@ class Talk:
         query = query.where(MESSAGES.c.conversation_id == self.id, VOTES.c.value == value, VOTES.c.created >= since)
         chosen = {*self._connection.execute(query).scalars()}
         return [message for message in self.messages if message.id in chosen]
-
-    def flags(self, message: str, since: float) -> set[str]:
-        """What a message was reported for since then."""
-        if not self._known[message].flagged:
-            return set()
-        query = select(FLAGS.c.category).where(FLAGS.c.message_id == message, FLAGS.c.created >= since)
-        return {*self._connection.execute(query).scalars()}
 
     def judgements(self, since: float) -> Iterator[Judged]:
         """Thumbs, comparisons and rankings between replies to one message."""

@@ -35,8 +35,9 @@ def read_messages(connection: Connection, which: ColumnElement[bool]) -> list[Me
     undecided = exists().where(
         or_(COMPARISONS.c.a_id == MESSAGES.c.id, COMPARISONS.c.b_id == MESSAGES.c.id), COMPARISONS.c.choice.is_(None)
     )
-    reported = exists().where(FLAGS.c.message_id == MESSAGES.c.id)
-    judged = exists().where(VERDICTS.c.message_id == MESSAGES.c.id, VERDICTS.c.flagged)
+    reported = exists().where(FLAGS.c.message_id == MESSAGES.c.id, FLAGS.c.upheld.is_not(False))
+    objected = (VERDICTS.c.flagged, VERDICTS.c.upheld.is_not(False))
+    judged = exists().where(VERDICTS.c.message_id == MESSAGES.c.id, *objected)
     query = (
         select(
             MESSAGES, MODEL_VERSIONS.c.name.label("model"), MODEL_VERSIONS.c.checkpoint,

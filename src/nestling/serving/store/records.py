@@ -141,7 +141,8 @@ class VoteRecord(Record):
 
 
 class MessageRecord(Record):
-    """A node of the tree; `flagged` when a user reported it or the moderation model objects to it.
+    """A node of the tree; `flagged` when a user reported it or the moderation model objects to it, and no
+    operator found that wrong.
 
     While it takes part in an undecided comparison it is `blind`: `reply` is withheld.
     """
@@ -171,6 +172,19 @@ class FlagRecord(Record):
     message: str
     category: str
     comment: str
+    created: float
+    upheld: bool | None = None
+    """What an operator said of it."""
+
+
+class Case(Record):
+    """What an operator has not looked at yet: a report of a user's, or a verdict that flags."""
+
+    id: str
+    kind: Literal["report", "verdict"]
+    text: str
+    categories: list[str]
+    comment: str = ""
     created: float
 
 

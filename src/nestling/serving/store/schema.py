@@ -143,9 +143,11 @@ FLAGS = Table(
     Column("category", String(200), nullable=False),
     Column("comment", Words, nullable=False),
     Column("created", Double, nullable=False),
+    Column("upheld", Boolean),
+    Column("reviewed", Double),
     Index("flags_by_message", "message_id"),
 )
-"""Reports of users."""
+"""Reports of users; `upheld` is what an operator said of one, and null until then."""
 
 COMPARISONS = Table(
     "comparisons",
@@ -202,7 +204,23 @@ VERDICTS = Table(
     Column("scores", Json, nullable=False),
     Column("text", Words),
     Column("created", Double, nullable=False),
+    Column("upheld", Boolean),
+    Column("reviewed", Double),
     Index("verdicts_by_message", "message_id"),
     Index("verdicts_by_time", "created"),
 )
-"""What the moderation model said of a message, or of text outside any conversation (then `text` may hold it)."""
+"""What the moderation model said of a message, or of text outside any conversation (then `text` may hold it).
+
+`upheld` is what an operator said of a verdict that flags, and null until then."""
+
+RESPONSES = Table(
+    "responses",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(200), nullable=False),
+    Column("body", Json, nullable=False),
+    Column("messages", Json, nullable=False),
+    Column("created", Double, nullable=False),
+    Index("responses_by_owner", "owner", "created"),
+)
+"""What /v1/responses sent, and the conversation up to it, for clients that go on by id."""

@@ -9,6 +9,7 @@ from nestling.serving.store.conversations import Conversations
 from nestling.serving.store.database import Database
 from nestling.serving.store.feedback import Feedback
 from nestling.serving.store.moderation import Moderation
+from nestling.serving.store.responses import Responses
 
 
 class Store:
@@ -27,6 +28,7 @@ class Store:
         self.feedback = Feedback(database, self.conversations)
         self.arena = Arena(database, self.conversations)
         self.moderation = Moderation(database, self.conversations)
+        self.responses = Responses(database, owner)
 
     @classmethod
     def open(cls, url: str | Path) -> Store:

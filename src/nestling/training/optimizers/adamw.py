@@ -11,6 +11,8 @@ from nestling.core.runtime import Runtime
 from nestling.training.parameters import Groups
 from nestling.training.settings import TrainSettings
 
+MEMORY = {"hidden": 8, "other": 8, "scratch": 0}  # bytes per weight: two moments
+
 
 def build(groups: Groups, settings: TrainSettings, runtime: Runtime) -> list[torch.optim.Optimizer]:
     """One AdamW over everything, at `settings.learning_rate`."""

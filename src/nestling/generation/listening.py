@@ -1,0 +1,69 @@
+"""Tool calls out of a stream in a foreign form: what may be a call is held back, and goes on in our form or as it was.
+
+Who shows a reply knows one form of call: the control token <tool_call>, JSON, </tool_call>. A model that was made elsewhere
+may write others (`tokenizer/calls.py`), of which only the end of the turn tells whether they are calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+from nestling.generation.sequence import Piece
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.calls import may_call, read_calls
+from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
+
+OWN = (CALL_START, CALL_END, THINK_START, THINK_END)
+
+
+class Listener:
+    """Turns the pieces of one reply, tools' answers included, into our form.
+
+    Args:
+        tools: names of those on offer; without any nothing is a call.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[str]) -> None:
+        self._tools = () if tokenizer.has_own_form else tuple(tools)
+        self._ends = tokenizer.turn_ends if self._tools else frozenset()
+        self._held: list[Piece] = []
+        self._is_first = True  # whether nothing has been said in this turn
+        self._depth = 0  # inside a call or thought whose tokens say so
+
+    def listen(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """All pieces of a stream."""
+        for piece in pieces:
+            yield from self.read([piece])
+        yield from self.end()
+
+    def read(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """What can be told after some more pieces."""
+        return [told for piece in pieces for told in (self._one(piece) if self._tools else [piece])]
+
+    def end(self) -> list[Piece]:
+        """What was held back, when a turn is over."""
+        held, self._held, self._is_first = self._held, [], True
+        said, calls = read_calls("".join(piece.text for piece in held), self._tools)
+        if not calls:
+            return held
+        told = [Piece(said)] if said else []
+        for call in calls:
+            text = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+            told += [Piece(CALL_START, control=True), Piece(text), Piece(CALL_END, control=True)]
+        return told
+
+    def _one(self, piece: Piece) -> list[Piece]:
+        if not piece.sampled or piece.token in self._ends:
+            return [*self.end(), piece]
+        if piece.control and piece.text in OWN:
+            self._depth += 1 if piece.text in (CALL_START, THINK_START) else -self._depth
+        if self._depth or (piece.control and piece.text in OWN):
+            held, self._held, self._is_first = self._held, [], piece.text == THINK_END
+            return [*held, piece]
+        self._held.append(piece)
+        text = "".join(part.text for part in self._held)
+        if may_call(text, offered=self._is_first):
+            return []
+        held, self._held, self._is_first = self._held, [], False
+        return held

@@ -1,0 +1,128 @@
+"""How much memory training takes, and serving: weights, gradients, optimiser state, activations, loss, keys and values.
+
+    dtype   weights     gradients                  AdamW's state      bytes per weight
+    fp32    4           4                          4 + 4              16
+    bf16    2 + 4       2 + 4 (2, then 4, where    4 + 4              20 (18)
+                        a step is one microbatch)
+
+Working weights and their gradients are in bf16, masters and the gradients summed over microbatches in fp32
+(`training/precision.py`). Activations are not at their highest when gradients are: the peak is the larger moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from nestling.model.config import DecoderConfig
+from nestling.model.likelihood import CHUNK_LOGITS
+from nestling.planning.activations import Microbatch, activations
+from nestling.planning.parameters import count_parameters
+
+ADAMW = {"hidden": 8, "other": 8, "scratch": 0}
+"""Bytes that an optimiser keeps of each weight of a block's matrix and of each other one, and that a step takes for a
+while of each of the former. An optimiser's file says its own as MEMORY; this is taken for one that doesn't."""
+HEAP = 1.35
+"""What a C library's heap takes for each byte of activations on a CPU: freed pieces that fit nothing are not given back.
+
+Measured 1.1 to 1.7 with glibc 2.36 on Linux (`benchmarks/memory.py`); with MALLOC_MMAP_THRESHOLD_=262144, where each
+tensor has pages of its own, it is 1.0 and every predicted figure was met within a tenth."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a model is trained, as far as memory asks; `optimiser` as in `ADAMW`, `pieces` microbatches in an update."""
+
+    batch: Microbatch
+    optimiser: Mapping[str, int]
+    pieces: int = 1
+    recompute: bool = False
+    logits: bool = True
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a model has, how many of them learn, and how many of those lie in matrices of its blocks."""
+
+    all: int
+    learnt: int
+    hidden: int
+
+    @staticmethod
+    def of(config: DecoderConfig) -> Weights:
+        """A decoder all of which learns."""
+        counted = count_parameters(config)
+        return Weights(counted.total, counted.total, counted.hidden)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose. `peak` is what is held at the worst moment, less than the sum: see the module."""
+
+    weights: int = 0
+    states: int = 0
+    summed: int = 0
+    """Gradients of earlier microbatches, held while the next one is computed."""
+    gradients: int = 0
+    """All of them, at the end of a backward pass."""
+    scratch: int = 0
+    """What the optimiser takes for a while in a step."""
+    activations: int = 0
+    loss: int = 0
+    cache: int = 0
+    """Keys and values."""
+
+    @property
+    def peak(self) -> int:
+        """The worst of two moments: the backward pass begins, or the optimiser steps."""
+        held = self.weights + self.states + self.cache
+        return held + max(self.summed + self.activations + self.loss, self.gradients + self.scratch)
+
+    def __add__(self, other: Memory) -> Memory:
+        """Two models at work in one step."""
+        return Memory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def training_memory(config: DecoderConfig, how: Learning, weights: Weights | None = None) -> Memory:
+    """What one decoder takes while it is trained, the runtime's own memory aside.
+
+    Args:
+        weights: where not all of the decoder learns, or more than the decoder does.
+    """
+    counts = weights or Weights.of(config)
+    copied = how.batch.dtype == torch.bfloat16
+    size = 2 if copied else 4
+    several, heap = how.pieces > 1, 1.0 if how.batch.device.startswith("cuda") else HEAP
+    found = activations(config, how.batch, how.recompute)
+    held = how.optimiser["hidden"] * counts.hidden + how.optimiser["other"] * (counts.learnt - counts.hidden)
+    return Memory(
+        weights=(size + (4 if copied else 0)) * counts.all,
+        states=held,
+        summed=4 * counts.learnt if several else 0,
+        gradients=(4 + (size if several and copied else 0)) * counts.learnt,
+        scratch=int(heap * how.optimiser["scratch"] * counts.hidden),
+        activations=int(heap * (found.kept + found.passing)),
+        loss=int(heap * loss_memory(config, how.batch)) if how.logits else 0,
+    )
+
+
+def loss_memory(config: DecoderConfig, batch: Microbatch) -> int:
+    """What the output layer takes: gradients of hidden states (twice) and weight, and one chunk of logits."""
+    size = 4 if batch.dtype == torch.float32 else 2
+    chunk = CHUNK_LOGITS * (64 if batch.device.startswith("cuda") else 1)
+    logits = min(max(chunk, 16 * config.vocab_size), batch.tokens * config.vocab_size)
+    hidden = 2 * size * batch.tokens * config.d_model
+    return hidden + (4 + 2 * size) * config.vocab_size * config.d_model + (8 + size) * logits
+
+
+def cache_memory(config: DecoderConfig, rows: int, tokens: int | None = None, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Keys and values of `rows` texts of `tokens` each (the context when not given): 2 · 2 · b · s · l · h bytes for
+    16 bits and as many key heads as query heads."""
+    return 2 * dtype.itemsize * rows * (tokens or config.context) * config.n_layers * config.kv_heads * config.head
+
+
+def reading_memory(config: DecoderConfig, dtype: torch.dtype) -> Memory:
+    """A decoder that only reads or writes: its weights."""
+    return Memory(weights=dtype.itemsize * count_parameters(config).total)

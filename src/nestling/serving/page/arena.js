@@ -1,0 +1,55 @@
+// The view #/arena: who won the blind comparisons, rated by Bradley and Terry, with intervals.
+
+import { api } from "./api.js";
+import { h } from "./dom.js";
+import { decimal } from "./format.js";
+import { t } from "./i18n.js";
+import { problem } from "./parts.js";
+
+/** Show the table. */
+export async function show(element) {
+  element.classList.add("sheet");
+  element.append(h("h1", { text: t("arena") }), h("p", { class: "muted lead", text: t("arena_lead") }));
+  try {
+    const table = await api("/api/arena");
+    element.append(counts(table), table.data.length ? standings(table.data) : empty());
+  } catch (failure) {
+    element.append(problem(failure));
+  }
+}
+
+function counts({ votes, undecided, same_model: same, both_bad: bad }) {
+  const figure = (value, label) =>
+    h("div", { class: "figure" }, h("strong", { text: decimal(value) }), h("span", { text: label }));
+  return h("div", { class: "figures", testid: "arena-votes" }, figure(votes, t("arena_votes")),
+    figure(undecided, t("arena_undecided")), figure(same, t("arena_same")), figure(bad, t("arena_bad")));
+}
+
+function empty() {
+  return h("div", { class: "blank", testid: "arena-empty" }, h("p", { text: t("arena_empty") }),
+    h("a", { class: "button main", href: "#/compare", text: t("arena_begin") }));
+}
+
+function standings(rows) {
+  const low = Math.min(...rows.map((row) => row.low));
+  const high = Math.max(...rows.map((row) => row.high));
+  const place = (rating) => `${(100 * (rating - low)) / Math.max(high - low, 1)}%`;
+  const names = ["rank", "model", "rating", "interval", "games", "wins", "ties", "losses"];
+  const heads = names.map((name) => h("th", { scope: "col", class: name, text: t(`arena_${name}`) }));
+  return h("div", { class: "wide", tabindex: "0" }, h("table", { class: "standings", testid: "arena-table" },
+    h("thead", {}, h("tr", {}, ...heads)),
+    h("tbody", {}, ...rows.map((row, index) => standing(row, index + 1, place)))));
+}
+
+function standing(row, rank, place) {
+  const bar = h("span", { class: "interval", title: `${decimal(row.low)} – ${decimal(row.high)}` }, h("i"), h("b"));
+  bar.style.setProperty("--low", place(row.low));
+  bar.style.setProperty("--high", place(row.high));
+  bar.style.setProperty("--at", place(row.rating));
+  const number = (value) => h("td", { class: "number", text: decimal(value) });
+  return h("tr", { testid: "arena-row", data: { model: row.model } }, number(rank),
+    h("th", { scope: "row", text: row.model }),
+    h("td", { class: "number strong", text: decimal(row.rating) }),
+    h("td", {}, bar, h("span", { class: "range", text: `${decimal(row.low)} – ${decimal(row.high)}` })),
+    number(row.games), number(row.wins), number(row.ties), number(row.losses));
+}

@@ -1,0 +1,94 @@
+"""Markdown as HTML that is safe to put into the page: what a model writes may be anything.
+
+Two walls stand between a reply and the page: markdown-it never lets HTML of the text through, and nh3 keeps only the tags
+and attributes named here of what is left. Pictures become links, so that no reply makes the browser call another host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from html import escape
+
+import nh3
+from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
+from pygments import highlight
+from pygments.formatters.html import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+from pygments.util import ClassNotFound
+
+TAGS = {
+    "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s",
+    "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+}  # fmt: skip
+ATTRIBUTES = {"a": {"href", "title"}, "ol": {"start"}} | {tag: {"class"} for tag in ("code", "span", "td", "th")}
+SCHEMES = {"http", "https", "mailto"}
+SHARE = 1 / 10
+"""Of the time, that rendering a growing reply may take."""
+LONGEST_CODE = 20_000
+"""Characters of a code block that are still coloured; Pygments reads about a megabyte per second."""
+
+
+def to_html(text: str) -> str:
+    """Markdown as sanitised HTML; code is coloured by Pygments' short classes.
+
+    >>> to_html("**hi** <b>there</b>")
+    '<p><strong>hi</strong> &lt;b&gt;there&lt;/b&gt;</p>\\n'
+    """
+    return nh3.clean(
+        _markdown().render(text),
+        tags=TAGS,
+        attributes=ATTRIBUTES,
+        url_schemes=SCHEMES,
+        link_rel="noopener noreferrer nofollow",
+        set_tag_attribute_values={"a": {"target": "_blank"}},
+    )
+
+
+class Progressive:
+    """Renders a text again and again while it grows, so rarely that it stays cheap however long the text becomes.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._rendered, self._next = "", -1.0
+
+    def offer(self, text: str) -> str | None:
+        """The HTML of all of `text`, or None where it is too soon or nothing is new."""
+        begun = self._clock()
+        if begun < self._next or text == self._rendered:
+            return None
+        html = to_html(text)
+        ended = self._clock()
+        self._rendered, self._next = text, ended + (ended - begun) / SHARE
+        return html
+
+
+@lru_cache(maxsize=1)
+def _markdown() -> MarkdownIt:
+    """CommonMark with tables and strikethrough, without pictures and HTML."""
+    settings = {"html": False, "breaks": True, "highlight": _highlight, "langPrefix": "language-"}
+    markdown = MarkdownIt("commonmark", settings).enable(["table", "strikethrough"]).disable("image")
+    markdown.core.ruler.push("alignment", _align_by_class)
+    return markdown
+
+
+def _align_by_class(state: StateCore) -> None:
+    """Columns of tables are aligned by classes: the page's policy allows no style in markup."""
+    for token in state.tokens:
+        if style := token.attrs.pop("style", ""):
+            token.attrSet("class", str(style).replace("text-align:", "to-"))
+
+
+def _highlight(code: str, language: str, _: str) -> str:
+    """The inside of a code block."""
+    try:
+        lexer = get_lexer_by_name(language, stripnl=False) if language and len(code) <= LONGEST_CODE else None
+    except ClassNotFound:
+        lexer = None
+    return escape(code, quote=False) if lexer is None else highlight(code, lexer, HtmlFormatter(nowrap=True))

@@ -1,0 +1,225 @@
+"""Whether a run will fit, said before it begins: the memory, disk and time of its stages against what the machine has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from nestling.core import ranks
+from nestling.core.errors import UserError
+from nestling.core.metrics import say
+from nestling.core.pipeline import Plan, finished
+from nestling.core.registry import find
+from nestling.core.runtime import Runtime, launched
+from nestling.core.storage import read_json
+from nestling.model.config import DecoderConfig
+from nestling.model.hub import from_hub
+from nestling.model.locate import MODEL
+from nestling.planning.machine import PeakMemory, Room, free_memory, held_memory
+from nestling.planning.memory import ADAMW, Memory, Weights
+from nestling.planning.work import Known, Way, Work
+from nestling.training.contract import Objective
+from nestling.training.hooks import Hook, Run
+from nestling.training.parameters import hidden_names, named_parameters
+from nestling.training.precision import training_dtype
+from nestling.training.settings import TrainSettings
+
+GB = 1e9
+LOOKED_AT = 4  # batches whose lengths are looked at before the first step
+
+
+class Loader(Protocol):
+    """Gives batches of texts of different `lengths` [N]."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step, from 0."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of a recipe and, where it trains something, what that takes."""
+
+    stage: Plan
+    work: Work | None
+
+
+def planned(stages: Sequence[Plan], out: Path) -> list[Planned]:
+    """What each stage will do, from settings alone; models come from earlier stages or from folders that are there."""
+    known: dict[Path, DecoderConfig | int] = {}
+    found = []
+    for stage in stages:
+        inputs = {role: known.get(path) or model_in(path) for role, path in stage.reads.items()}
+        inputs = {role: value for role, value in inputs.items() if value is not None}
+        work = _work(stage, inputs)
+        if work is not None:
+            known[out / stage.spec.name] = work.models[0]
+        elif "vocab_size" in type(stage.settings).model_fields:
+            known[out / stage.spec.name] = stage.settings.vocab_size  # type: ignore[attr-defined]
+        found.append(Planned(stage, work))
+    return found
+
+
+def _work(stage: Plan, inputs: Known) -> Work | None:
+    """None for a stage that trains no decoder, or whose models can't be known yet."""
+    return stage.module.work(stage.settings, inputs) if hasattr(stage.module, "work") else None
+
+
+def model_in(folder: Path) -> DecoderConfig | None:
+    """The configuration of the model in a folder from outside the run."""
+    for path in (folder / MODEL / "config.json", folder / "config.json"):
+        if path.exists():
+            return from_hub(read_json(path), str(path))[0]
+    return None
+
+
+def way(settings: TrainSettings, runtime: Runtime) -> Way:
+    """How a stage with these settings is done here."""
+    optimiser = getattr(find("training.optimizers", settings.optimizer), "MEMORY", ADAMW)
+    dtype, device = training_dtype(settings.precision, runtime), str(runtime.device)
+    return Way(dtype, device, optimiser, settings.recompute == "blocks", ranks.readers())
+
+
+# --- before the first stage ------------------------------------------------------------------------------------------
+
+
+def announce(stages: Sequence[Plan], out: Path, runtime: Runtime) -> None:
+    """One or two lines about a run that is about to start: where it computes, what it takes, what will hurt."""
+    ahead = planned(stages, out)
+    left = [one for one in ahead if one.work and not finished(out / one.stage.spec.name, one.stage.key)]
+    words = [runtime.name]
+    room = free_memory(runtime.device)
+    if left:
+        peaks = {one.stage.spec.name: memory_of(one, runtime).peak for one in left}
+        heaviest = max(peaks, key=lambda name: peaks[name])
+        beside = f" of {room.free / GB:.1f} GB free" if room else ""
+        words.append(f"{heaviest} is the heaviest stage, about {peaks[heaviest] / GB:.2f} GB{beside}")
+        seconds = _expected(ahead, left, out)
+        words += [f"about {seconds / 60:.0f} min of training"] if seconds else []
+        if room and peaks[heaviest] > room.free:
+            words.append(f"{heaviest} is not likely to fit")
+    needed, free = sum(disk_of(one, runtime) for one in left), shutil.disk_usage(_existing(out)).free
+    words.append(f"checkpoints {needed / GB:.2f} GB of {free / GB:.0f} GB of disk free")
+    if needed > free:
+        words.append("the disk will be full before the run ends")
+    say(" · ".join(words))
+
+
+def memory_of(one: Planned, runtime: Runtime) -> Memory:
+    """What a training stage takes at its worst moment."""
+    assert one.work is not None
+    return one.work.memory(way(_training(one.stage), runtime))
+
+
+def disk_of(one: Planned, runtime: Runtime) -> int:
+    """Bytes of a training stage's checkpoint and of the states it can be resumed from, in full precision."""
+    assert one.work is not None
+    memory, counts = memory_of(one, runtime), [Weights.of(model) for model in one.work.models]
+    state = 4 * sum(count.all for count in counts) + memory.states
+    return 4 * counts[0].all + (_training(one.stage).keep + 1) * state  # a new state is written before the oldest goes
+
+
+def _training(stage: Plan) -> TrainSettings:
+    settings: TrainSettings = stage.settings.training  # type: ignore[attr-defined]
+    return settings
+
+
+def _expected(ahead: Sequence[Planned], left: Sequence[Planned], out: Path) -> float | None:
+    """Seconds of the training that is left, at the rate of stages of this run that are done; None before the first."""
+    rates = [rate for one in ahead if (rate := seen_rate(one, out))]
+    return sum(one.work.flops() for one in left if one.work) / max(rates) if rates else None
+
+
+def seen_rate(one: Planned, out: Path) -> float | None:
+    """FLOP/s that a finished training stage reached."""
+    record = finished(out / one.stage.spec.name)
+    seconds = record["report"].get("training_seconds") if record and one.work else None
+    return one.work.flops() / seconds if one.work and seconds else None
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+# --- before the first step of a stage --------------------------------------------------------------------------------
+
+
+def measured(work: Work | None, loader: Loader) -> Work | None:
+    """The work with the longest of a few batches in the place of a guess."""
+    if work is None:
+        return None
+    lengths = max((loader.batch(step).lengths for step in range(LOOKED_AT)), key=lambda found: int(found.sum()))
+    return replace(work, sequences=len(lengths), width=-(-int(lengths.sum()) // len(lengths)), exact=True)
+
+
+class MemoryWatch(Hook):
+    """Refuses to begin what will not fit, and puts the predicted and the measured peak (bytes) into every row.
+
+    Args:
+        work: what the stage does, as exact as it is known now.
+    """
+
+    def __init__(self, work: Work, objective: Objective, settings: TrainSettings, runtime: Runtime, name: str) -> None:
+        self._how, self._runtime = way(settings, runtime), runtime
+        modules = objective.trainable()
+        self._counts = _counted(modules)
+        predicted = work.memory(self._how, self._counts)
+        frozen = sum(self._how.dtype.itemsize * Weights.of(model).all for model in work.frozen)
+        more = predicted.peak - frozen - sum(p.nbytes for p in named_parameters(modules).values())
+        self._predicted = held_memory(runtime.device) + more
+        launch = launched()
+        room = free_memory(runtime.device, launch.local_world if launch and runtime.device.type == "cpu" else 1)
+        if room and more > room.free and not settings.ignore_memory:
+            raise _too_large(name, predicted, more, room, self._remedies(work, predicted, more, room))
+
+    def _remedies(self, work: Work, predicted: Memory, more: int, room: Room) -> list[str]:
+        """Settings under which the step fits, the harmless ones first."""
+        fitting = []
+        whole = work.sequences if work.packed else 64  # packed rows have to divide, others needn't
+        pieces = [n for n in (2, 4, 8, 16, 32, 64) if n > work.microbatches and whole % n == 0]
+        choices = [(f"{work.pieces_setting}={n}", work.divided(n), self._how) for n in pieces]
+        recomputed = replace(self._how, recompute=True)
+        choices = [*choices, ("training.recompute=blocks", work, recomputed)]
+        choices += [(f"training.recompute=blocks with {label}", smaller, recomputed) for label, smaller, _ in choices[:-1]]
+        for label, other, how in choices:
+            needed = more - predicted.peak + other.memory(how, self._counts).peak
+            if needed <= room.free:
+                fitting.append(f"{label} ({needed / GB:.2f} GB)")
+        return fitting
+
+    def on_start(self, run: Run) -> None:
+        """Begin to watch."""
+        self._peak = PeakMemory(self._runtime.device)
+
+    def on_step(self, run: Run) -> None:
+        """Note both."""
+        run.row |= {"peak_memory": self._peak.read(), "predicted_memory": self._predicted}
+
+
+def _counted(modules: dict[str, nn.Module]) -> Weights:
+    """The weights that are really there: heads, adapters and frozen ones included."""
+    parameters = named_parameters(modules)
+    learnt = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+    hidden = hidden_names(modules)
+    matrices = sum(size for name, size in learnt.items() if name in hidden)
+    return Weights(sum(p.numel() for p in parameters.values()), sum(learnt.values()), matrices)
+
+
+def _too_large(name: str, memory: Memory, more: int, room: Room, remedies: Sequence[str]) -> UserError:
+    parts = {"weights": memory.weights, "optimiser": memory.states, "gradients": memory.gradients}
+    parts |= {"activations": memory.activations, "loss": memory.loss}
+    listed = ", ".join(f"{part} {size / GB:.2f}" for part, size in parts.items() if size)
+    what = f"a step takes about {more / GB:.2f} GB more memory ({listed}), and {room.free / GB:.2f} GB {room.source} is free"
+    ways = " or ".join(remedies[:2]) or "a smaller batch, a shorter context or a smaller model"
+    fix = f"set {ways}; training.ignore_memory=true starts all the same"
+    return UserError(what, where=name, fix=fix)
+
+
+def memory_figures(row: dict[str, Any]) -> dict[str, float]:
+    """Both peaks for the report, in GB, from the last row of a stage's metrics."""
+    names = {"peak_memory": "peak_memory_gb", "predicted_memory": "predicted_memory_gb"}
+    return {title: round(row[name] / GB, 3) for name, title in names.items() if name in row}

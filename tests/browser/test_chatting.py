@@ -1,0 +1,184 @@
+"""Chatting: a reply as it grows, stopped, written again, edited; what it is made of; a keyboard alone."""
+
+from __future__ import annotations
+
+import re
+
+from playwright.sync_api import expect
+
+HELLO = "Hello! How can I help you?"
+
+
+def test_a_reply_grows_and_can_be_stopped(sit, unhurried):
+    """Words appear before the reply is whole; what was written when it was stopped stays, here and in the store."""
+    desk = sit()
+    desk.open()
+    desk.ask("Go on.")
+    growing = desk.page.locator('[data-testid="thread"] [aria-busy="true"]')
+    expect(growing).to_contain_text("one two")
+    assert "twelve" not in growing.inner_text()
+    desk.get("stop").click()
+    expect(desk.get("send")).to_be_visible()
+    desk.answer("one two")
+    _, reply = desk.messages()
+    assert reply.reply.finish == "cancelled"
+    assert reply.content.startswith("one two")
+    assert len(reply.content.split()) < 40
+    assert reply.content.strip() in desk.get("message", role="assistant").inner_text()
+
+
+def test_markdown_and_code(desk):
+    """Tables and code are elements; the code can be copied."""
+    desk.ask("Code.")
+    reply = desk.answer("So:")
+    expect(reply.locator("table td strong")).to_have_text("2")
+    expect(reply.locator("pre code")).to_have_text(re.compile(r"print\(1\)"))
+    desk.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    reply.get_by_test_id("copy-code").click()
+    assert desk.page.evaluate("navigator.clipboard.readText()").strip() == "print(1)"
+
+
+def test_what_a_reply_says_runs_nothing(desk):
+    """HTML, scripts and javascript: addresses in a reply are text."""
+    desk.ask("Attack!")
+    reply = desk.answer("onerror")
+    assert reply.locator("img, script, a[href^='javascript']").count() == 0
+    assert desk.page.evaluate("window.hurt") is None
+    desk.page.reload()
+    desk.answer("onerror")
+    assert desk.page.evaluate("window.hurt") is None
+
+
+def test_variants_are_kept(desk):
+    """A reply written again stands beside the first one; both can be looked at, also after a reload."""
+    desk.ask("Hello!")
+    first = desk.answer(HELLO)
+    name = first.get_attribute("data-id")
+    first.get_by_test_id("regenerate").click()
+    expect(desk.get("variant-count")).to_contain_text("2")
+    second = desk.answer(HELLO)
+    assert second.get_attribute("data-id") != name
+    desk.get("variant-previous").click()
+    expect(desk.get("message", role="assistant")).to_have_attribute("data-id", name)
+    desk.page.reload()
+    expect(desk.get("message", role="assistant")).to_have_attribute("data-id", name)
+    desk.get("variant-next").click()
+    expect(desk.get("message", role="assistant")).not_to_have_attribute("data-id", name)
+    assert [message.role for message in desk.messages()] == ["user", "assistant", "assistant"]
+
+
+def test_a_question_can_be_edited(desk):
+    """Sent again it is a branch of its own; the old one stays."""
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.get("message", role="user").get_by_test_id("edit").click()
+    desk.get("edit-input").fill("Who are you?")
+    desk.get("edit-send").click()
+    desk.answer("I am Nestling.")
+    desk.get("variant-previous").click()
+    desk.answer(HELLO)
+    assert [message.content for message in desk.messages() if message.role == "user"] == ["Hello!", "Who are you?"]
+    assert {message.parent for message in desk.messages() if message.role == "user"} == {None}
+
+
+def test_the_conversation_goes_on(desk):
+    """The second question is answered with the first one known."""
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.ask("And now?")
+    desk.answer("Now too.")
+    expect(desk.get("message")).to_have_count(4)
+
+
+def test_system_prompt_and_sampling_are_used(desk):
+    """What the panel says goes with the request: the system prompt works, the rest is stored with the reply."""
+    desk.get("panel-toggle").click()
+    desk.get("field-system").fill("You are a cat.")
+    for name, value in {"temperature": "0", "top_k": "7", "seed": "42", "max_tokens": "50"}.items():
+        desk.get(f"field-{name}").fill(value)
+    desk.ask("Hello!")
+    desk.answer("Meow!")
+    reply = desk.messages()[-1].reply
+    assert (reply.system, reply.seed) == ("You are a cat.", 42)
+    assert {"temperature": 0, "top_k": 7, "max_tokens": 50}.items() <= reply.sampling.items()
+
+
+def test_the_model_can_be_switched(desk):
+    """The next reply comes from the model that is chosen."""
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.get("model-select").select_option("twin")
+    desk.ask("And now?")
+    desk.answer("Now too.")
+    assert [message.reply.model for message in desk.messages() if message.reply] == ["tiny", "twin"]
+
+
+def test_a_tool_call_is_folded(sit):
+    """What was called and what came out, out of the way until it is asked for; the same after a reload."""
+    desk = sit(tools={"calculator": {}})
+    desk.open()
+    desk.ask("What is 2 + 3?")
+    for _ in range(2):
+        reply = desk.answer("It is 5.")
+        call = reply.get_by_test_id("tool-call")
+        expect(call).to_contain_text("calculator")
+        expect(call.locator("pre").first).to_be_hidden()
+        call.locator("summary").click()
+        expect(call.locator("pre").first).to_contain_text("2 + 3")
+        expect(call.locator("pre").last).to_have_text("5")
+        desk.page.reload()
+    assert [step["role"] for step in desk.messages()[-1].steps] == ["assistant", "tool"]
+
+
+def test_a_thought_is_folded(desk):
+    """It is no part of the answer."""
+    desk.ask("Think.")
+    reply = desk.answer("Done.")
+    thought = reply.get_by_test_id("thinking")
+    expect(thought.get_by_text("easy")).to_be_hidden()
+    thought.locator("summary").click()
+    expect(thought.get_by_text("easy")).to_be_visible()
+
+
+def test_each_token_shows_its_alternatives(desk):
+    """The tokens add up to the reply; the one that is chosen stands among others with probabilities."""
+    desk.ask("Hello!")
+    reply = desk.answer(HELLO)
+    reply.get_by_test_id("tokens-toggle").click()
+    tokens = reply.get_by_test_id("token")
+    expect(tokens.first).to_be_visible()
+    assert tokens.count() > 2
+    tokens.nth(1).click()
+    others = desk.get("token-alternatives")
+    expect(others).to_contain_text("%")
+    assert len(others.inner_text().split("%")) > 3
+    reply.get_by_test_id("tokens-toggle").click()
+    desk.answer(HELLO)
+
+
+def test_a_conversation_without_a_mouse(desk):
+    """Tab, Enter and Escape are enough: ask, copy the question by its button, read, ask again."""
+    keys = desk.page.keyboard
+    expect(desk.get("composer-input")).to_be_focused()
+    keys.type("Hello!")
+    keys.press("Enter")
+    desk.answer(HELLO)
+    expect(desk.get("composer-input")).to_be_focused()
+    for _ in range(15):
+        if desk.page.evaluate("document.activeElement.dataset.testid") == "edit":
+            break
+        keys.press("Shift+Tab")
+    keys.press("Enter")
+    expect(desk.get("edit-input")).to_be_focused()
+    keys.press("ControlOrMeta+a")
+    keys.type("Who are you?")
+    keys.press("Enter")
+    desk.answer("I am Nestling.")
+
+
+def test_a_line_end_is_written_with_shift(desk):
+    """Enter sends, Shift and Enter make a new line."""
+    desk.get("composer-input").press_sequentially("Hello!")
+    desk.get("composer-input").press("Shift+Enter")
+    expect(desk.get("composer-input")).to_have_value("Hello!\n")
+    expect(desk.get("message")).to_have_count(0)

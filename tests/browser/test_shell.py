@@ -1,0 +1,210 @@
+"""What is around the conversation: list, search, feedback, languages, colours, narrow screens, names, the key."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+VIEWS = ("chat", "compare", "arena", "runs")
+NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, a[href], iframe, summary, [role=button]")]
+  .filter((one) => one.checkVisibility() && !(one.getAttribute("aria-label") || one.title || one.labels?.length
+    || one.innerText?.trim() || document.getElementById(one.getAttribute("aria-labelledby"))?.innerText.trim()))
+  .map((one) => one.outerHTML)"""
+DOUBLE = """() => { const ids = [...document.querySelectorAll("[id]")].map((one) => one.id);
+  return ids.filter((id, place) => ids.indexOf(id) !== place); }"""
+PALE = """() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => { const [r, g, b] = parts(colour).map((c) => { c /= 255;
+    return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ground = (one) => { for (let at = one; at; at = at.parentElement) {
+    const [r, g, b, a = 1] = parts(getComputedStyle(at).backgroundColor); if (a > 0.99) return `rgb(${r},${g},${b})`; }
+    return "rgb(255,255,255)"; };
+  return [...document.querySelectorAll("p, h1, h2, h3, a, span, strong, button, label, li, td, th, code, summary")]
+    .filter((one) => one.checkVisibility({opacityProperty: true}) && !one.closest(":disabled, .hidden")
+      && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
+    .map((one) => { const [a, b] = [light(getComputedStyle(one).color), light(ground(one))].sort((x, y) => y - x);
+      return [(a + 0.05) / (b + 0.05), one.innerText.slice(0, 30)]; })
+    .filter(([contrast]) => contrast < 4.5); }"""
+WIDE = "() => document.documentElement.scrollWidth - window.innerWidth"
+HELLO = "Hello! How can I help you?"
+
+
+def test_conversations_are_listed_and_found(desk):
+    """The latest first; a search finds words inside them; one can be renamed and deleted."""
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.get("new-chat").click()
+    expect(desk.get("message")).to_have_count(0)
+    desk.ask("Who are you?")
+    desk.answer("I am Nestling.")
+    expect(desk.get("conversation")).to_have_count(2)
+    expect(desk.get("conversation").first).to_contain_text("Who are you?")
+    desk.get("search").fill("how can i")
+    expect(desk.get("conversation")).to_have_count(1)
+    desk.get("conversation-open").click()
+    desk.answer(HELLO)
+    desk.get("conversation-rename").click()
+    desk.get("rename-input").fill("Greeting")
+    desk.get("rename-input").press("Enter")
+    expect(desk.get("conversation")).to_contain_text("Greeting")
+    desk.get("search").fill("")
+    desk.get("conversation").filter(has_text="Greeting").get_by_test_id("conversation-delete").click()
+    desk.get("dialog-ok").click()
+    expect(desk.get("conversation")).to_have_count(1)
+    assert [one.title for one in desk.store.conversations.page().data] == ["Who are you?"]
+
+
+def test_thumbs_are_stored_with_a_reason(desk):
+    """Down with a reason and words; up instead; and taken back."""
+    desk.ask("Hello!")
+    reply = desk.answer(HELLO)
+    reply.get_by_test_id("vote-down").click()
+    reason = desk.page.locator('[data-testid^="reason-"]:not([data-testid="reason-comment"])').first
+    name = reason.get_attribute("value")
+    reason.check(force=True)
+    desk.get("reason-comment").fill("too short")
+    desk.get("dialog-ok").click()
+    expect(reply.get_by_test_id("vote-down")).to_have_attribute("aria-pressed", "true")
+    vote = desk.messages()[-1].vote
+    assert (vote.value, vote.reason, vote.comment) == (-1, name, "too short")
+    desk.page.reload()
+    reply = desk.answer(HELLO)
+    expect(reply.get_by_test_id("vote-down")).to_have_attribute("aria-pressed", "true")
+
+
+def test_a_reply_can_be_reported(desk):
+    """With a category and words."""
+    desk.ask("Hello!")
+    reply = desk.answer(HELLO)
+    reply.get_by_test_id("flag").click()
+    desk.get("flag-category").select_option(index=1)
+    category = desk.get("flag-category").input_value()
+    desk.get("flag-comment").fill("not nice")
+    desk.get("dialog-ok").click()
+    expect(desk.get("dialog")).to_have_count(0)
+    expect(desk.get("toast")).to_be_visible()
+    message = desk.messages()[-1]
+    assert message.flagged
+    assert [(flag.category, flag.comment) for flag in desk.store.feedback.flags(message.id)] == [(category, "not nice")]
+
+
+@pytest.mark.parametrize("choice", ["a", "tie"])
+def test_a_blind_comparison(desk, choice):
+    """Nobody is told who is who before the vote; then both are named, and the arena knows."""
+    desk.open("arena")
+    expect(desk.get("arena-empty")).to_be_visible()
+    desk.open("compare")
+    desk.get("compare-input").fill("Hello!")
+    desk.get("compare-send").click()
+    for side in ("a", "b"):
+        expect(desk.get(f"side-{side}")).to_contain_text(HELLO)
+    round_ = desk.get("compare-round")
+    assert not {"tiny", "twin"} & set(round_.inner_text().split())
+    desk.get(f"choice-{choice}").click()
+    expect(desk.get("compare-result")).to_be_visible()
+    assert {"tiny", "twin"} <= set(round_.inner_text().split())
+    desk.open("arena")
+    rows = desk.get("arena-row")
+    expect(rows).to_have_count(2)
+    winner = rows.first.get_attribute("data-model")
+    [comparison] = desk.store.arena.list().data if hasattr(desk.store.arena, "list") else [None]
+    assert winner in ("tiny", "twin")
+
+
+def test_the_key_is_asked_for(sit):
+    """A service with keys: a wrong one is asked for again, the right one stays for this tab."""
+    desk = sit(keys=[{"name": "ann", "secret": "open sesame"}])
+    desk.page.goto(desk.url)
+    desk.get("key-input").fill("wrong")
+    desk.get("dialog-ok").click()
+    expect(desk.get("key-input")).to_be_empty()
+    desk.get("key-input").fill("open sesame")
+    desk.get("dialog-ok").click()
+    expect(desk.get("key-input")).to_have_count(0)
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.page.reload()
+    desk.answer(HELLO)
+    expect(desk.get("key-input")).to_have_count(0)
+    assert all("401" in complaint for complaint in desk.complaints)
+    desk.complaints.clear()
+
+
+def test_chinese(sit):
+    """A Chinese browser gets a Chinese page; the switch goes to English and back."""
+    desk = sit(locale="zh-CN")
+    desk.open()
+    expect(desk.page.locator("html")).to_have_attribute("lang", "zh-Hans")
+    expect(desk.get("new-chat")).to_have_text("新对话")
+    desk.ask("你好")
+    desk.answer("你好！我能帮你什么？")
+    for view in VIEWS:
+        desk.open(view)
+        expect(desk.get("nav-runs")).to_have_text("训练")
+        shown = desk.page.locator("main").inner_text()
+        assert "_" not in shown.replace("nestling run recipes/demo.yaml", ""), "a key stands where a text should"
+    desk.get("language-switch").click()
+    expect(desk.get("nav-runs")).to_have_text("Runs")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_view_fits_is_named_and_can_be_read(sit, tmp_path, scheme, width):
+    """No view is wider than the screen, no control is without a name, no text too pale on its ground (WCAG AA, 4.5)."""
+    desk = sit(width=width, height=844, scheme=scheme, touch=width < 800)
+    desk.open()
+    desk.ask("Code.")
+    desk.answer("So:")
+    for view in (None, *VIEWS):
+        if view:
+            desk.open(view)
+        desk.page.wait_for_timeout(150)  # colours change by transition
+        assert desk.page.evaluate(WIDE) <= 0, view
+        assert desk.page.evaluate(NAMELESS) == [], view
+        assert desk.page.evaluate(DOUBLE) == [], view
+        assert desk.page.evaluate(PALE) == [], view
+
+
+def test_dark_and_light(sit):
+    """As the system says, until the person says otherwise; that is remembered."""
+    desk = sit(scheme="dark")
+    desk.open()
+    ground = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((sum, n) => sum + Number(n), 0)"
+    assert desk.page.evaluate(ground) < 200
+    for _ in range(3):
+        desk.get("theme-switch").click()
+        if desk.page.evaluate("document.documentElement.dataset.theme") == "light":
+            break
+    expect(desk.page.locator("html")).to_have_attribute("data-theme", "light")
+    desk.page.wait_for_timeout(200)
+    assert desk.page.evaluate(ground) > 600
+    desk.page.reload()
+    expect(desk.page.locator("html")).to_have_attribute("data-theme", "light")
+
+
+def test_a_narrow_screen_has_a_drawer(sit):
+    """The list of conversations comes when it is asked for, and goes when a conversation is chosen."""
+    desk = sit(width=390, height=844, touch=True)
+    desk.open()
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    expect(desk.get("conversation-open")).not_to_be_in_viewport()
+    desk.get("menu-open").click()
+    expect(desk.get("conversation-open")).to_be_in_viewport()
+    desk.get("nav-arena").click()
+    expect(desk.get("arena-empty")).to_be_visible()
+    expect(desk.get("conversation-open")).not_to_be_in_viewport()
+
+
+def test_without_the_service_nothing_is_lost(desk):
+    """A question that could not be sent stands in the field again, with the reason."""
+    desk.ask("Hello!")
+    desk.answer(HELLO)
+    desk.context.set_offline(True)
+    desk.ask("And now?")
+    expect(desk.get("toast")).to_be_visible()
+    expect(desk.get("composer-input")).to_have_value("And now?")
+    desk.context.set_offline(False)
+    desk.get("send").click()
+    desk.answer("Now too.")
+    desk.complaints.clear()
