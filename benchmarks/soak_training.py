@@ -51,7 +51,9 @@ def soak(out: Path, steps: dict[str, int]) -> tuple[Measured, dict[str, float]]:
     """Run it; gives memory by stage and step, and the seconds of each stage's steps."""
     measured: Measured = {stage: [] for stage in steps}
     said = tempfile.TemporaryFile()
-    process = subprocess.Popen(command(out, steps), stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command(out, steps), stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     told = time.monotonic()
     while process.poll() is None:
         time.sleep(1)

@@ -122,6 +122,13 @@ class Desk:
         expect(self.get("stop")).to_be_hidden()
         return last
 
+    def until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so that the page does not show, such as a row in the store."""
+        end = time.monotonic() + PATIENCE / 1000
+        while not is_so():
+            assert time.monotonic() < end, "it did not become so"
+            self.page.wait_for_timeout(50)
+
     def messages(self) -> list[Any]:
         """All stored messages, conversations by age."""
         conversations = sorted(self.store.conversations.page().data, key=lambda one: one.created)
@@ -165,7 +172,7 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
 
     def slowly(engine: Engine) -> list[Any]:
-        time.sleep(0.03)
+        time.sleep(0.06)
         return step(engine)
 
     monkeypatch.setattr(Engine, "step", slowly)

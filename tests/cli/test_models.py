@@ -51,7 +51,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
         ("model.safetensors", b"junk", "model.safetensors: damaged weights"),
         ("model.safetensors", None, "model.safetensors: weights are missing"),
         ("tokenizer.json", None, "no tokenizer.json here"),
-        ("tokenizer.json", b"{}", "only BPE tokenizers are supported"),
+        ("tokenizer.json", b"{}", "only BPE and Unigram tokenizers are supported"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(

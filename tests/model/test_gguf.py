@@ -202,7 +202,7 @@ def test_llama_cpp_cuts_text_as_sentencepiece_does(prefix: bool, tmp_path: Path)
 @pytest.mark.parametrize("changes", [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}])
 def test_a_sentencepiece_model_that_llama_cpp_lacks_is_refused(changes: Any, tmp_path: Path) -> None:
     tokenizer = sentencepiece(tmp_path, **changes)
-    with pytest.raises(UserError, match="llama.cpp has no form for SentencePiece models of this kind"):
+    with pytest.raises(UserError, match=r"llama\.cpp has no form for SentencePiece models of this kind"):
         export_gguf(scrambled(tokenizer, "llama"), tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*gguf*"))
 

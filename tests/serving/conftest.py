@@ -76,15 +76,22 @@ Serve = Callable[..., Service]
 
 @pytest.fixture(scope="session")
 def make_app(model: Decoder, tokenizer: Tokenizer) -> Callable[..., tuple[FastAPI, Driver]]:
-    """`make_app(rows=…, …)`: an app around the model "tiny"; settings by name, and what `create_app` takes besides."""
+    """`make_app(rows=…, …)`: an app around the model "tiny"; settings by name, and what `create_app` takes besides.
 
-    def make(store=None, moderator=None, router=None, runs=None, **settings) -> tuple[FastAPI, Driver]:
+    `names` serves it under several names, each with a driver of its own; that of the first is returned.
+    """
+
+    def make(
+        store=None, moderator=None, router=None, runs=None, names=("tiny",), **settings
+    ) -> tuple[FastAPI, Driver]:
         chosen = ServeSettings(**{"flush_seconds": 0} | settings)
-        engine = Engine(model, tokenizer, rows=chosen.rows, capacity=chosen.capacity, frozen=True)
-        driver = Driver(engine, max_requests=chosen.max_requests, flush_seconds=chosen.flush_seconds)
-        served = Served("tiny", driver, tokenizer, {"stage": "test"}, 1, Toolbox.open(chosen.tools))
-        app = create_app(chosen, Models([served]), store, moderator=moderator, router=router, runs=runs)
-        return app, driver
+        served = []
+        for name in names:
+            engine = Engine(model, tokenizer, rows=chosen.rows, capacity=chosen.capacity, frozen=True)
+            driver = Driver(engine, max_requests=chosen.max_requests, flush_seconds=chosen.flush_seconds)
+            served.append(Served(name, driver, tokenizer, {"stage": "test"}, 1, Toolbox.open(chosen.tools)))
+        app = create_app(chosen, Models(served), store, moderator=moderator, router=router, runs=runs)
+        return app, served[0].driver
 
     return make
 

@@ -6,8 +6,9 @@ import numpy as np
 import openai
 import pytest
 
-from nestling.evaluation.routing import Candidate
-from nestling.serving.router import Router
+from nestling.core.types import Message
+from nestling.evaluation.routing import Candidate, Outcome, Table, Trial
+from nestling.serving.router import Learning, Router, fit
 
 
 def routed(serve, effort: str, model: str = "tiny"):
@@ -46,3 +47,38 @@ def test_a_router_of_other_models_is_refused(serve):
     """It names what is served."""
     with pytest.raises(openai.BadRequestError, match="none of the router's models"):
         ask(routed(serve, "direct", "huge"), "Hi")
+
+
+def trained() -> Router:
+    """A router that learnt: greetings from anybody, sums with tools, thoughts from the large model alone."""
+    candidates = {
+        "small": Candidate(model="tiny"),
+        "small with tools": Candidate(model="tiny", effort="tools"),
+        "large, thinking": Candidate(model="large", effort="thinking"),
+    }
+    costs = dict(zip(candidates, (1.0, 2.0, 9.0), strict=True))
+    asked = {
+        **{f"Hello{end}": (1, 1, 1) for end in ("!", "", " there!", " you!", " again!")},
+        **{f"What is {a} + {b}?": (0, 1, 0) for a in range(2, 5) for b in range(2, 4)},
+        **{f"Think{end}": (0, 0, 1) for end in (".", "!", " hard.", " again.", " well.")},
+    }
+    rows = [
+        Trial(
+            prompt=(Message(role="user", content=text),),
+            outcomes={name: Outcome(score=s, cost=costs[name]) for name, s in zip(candidates, scores, strict=True)},
+        )
+        for text, scores in asked.items()
+    ]
+    return fit([row.prompt for row in rows], Table.of(rows, list(candidates)), candidates, Learning(features=512))
+
+
+def test_a_trained_router_picks_model_and_effort(serve, tmp_path):
+    """Per request, out of two served models, from the folder that training wrote."""
+    trained().save(tmp_path / "router")
+    router = Router.load(tmp_path / "router")
+    client = serve(router=router, names=("tiny", "large"), tools={"calculator": {}}).client()
+    greeted, added, thought = (ask(client, content) for content in ("Hello!", "What is 2 + 3?", "Think."))
+    assert (greeted.model, greeted.choices[0].message.content) == ("tiny", "Hello! How can I help you today?")
+    assert (added.model, added.choices[0].message.content) == ("tiny", "It is 5.")
+    assert (thought.model, thought.choices[0].message.reasoning_content) == ("large", "it is easy and quick")
+    assert [one.id for one in client.models.list()] == ["tiny", "large", "auto"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -52,10 +53,32 @@ def test_it_serves_until_ctrl_c(folder, tmp_path):
     assert (tmp_path / "nestling.db").exists()
 
 
+def test_a_run_is_shown_before_it_has_a_model(tmp_path):
+    """Its state is told; what needs a model says that there is none."""
+    (tmp_path / "runs" / "early").mkdir(parents=True)
+    (tmp_path / "runs" / "early" / "recipe.json").write_text('{"name": "early", "stages": [{"name": "corpus"}]}')
+    command = [str(Path(sys.executable).with_name("nestling")), "serve", "runs/early", "--port", "0", "--store", "none"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        assert process.stderr is not None
+        assert "no model yet" in process.stderr.readline()
+        address = re.match(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
+        assert address, process.stderr.read()
+        [run] = httpx.get(f"{address[0]}/api/runs").json()["data"]
+        assert (run["name"], run["state"]) == ("early", "stopped")
+        assert httpx.get(f"{address[0]}/v1/models").json()["data"] == []
+        told = httpx.post(f"{address[0]}/tokenize", json={"text": "a"})
+        assert (told.status_code, told.json()["error"]["code"]) == (503, "no_model")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"models": ["nowhere"]}, "no model here"),
+        ({"models": None}, "what is to be served"),
+        ({"models": None, "runs": Path("nowhere")}, "no such folder"),
         ({"host": "0.0.0.0"}, "without a key"),
         ({"tool": ["spoon"]}, "spoon"),
         ({"key_file": "keys.txt"}, "not a name and a key"),

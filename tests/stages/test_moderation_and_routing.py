@@ -53,6 +53,7 @@ def test_the_report_holds_every_category_and_the_confusion(finished: tuple[Path,
     low, high = hate["auc"]["interval"]
     assert low <= hate["auc"]["value"] <= high
     assert sum(report["confusion"]["none"].values()) > 0
+    assert sum(row["n"] for row in report["reliability"]) == 150 * len(CATEGORIES)
     kinds = report["flagged_by_kind"]
     assert (kinds["ordinary"]["wanted"], kinds["hate"]["wanted"]) == (0.0, 1.0)
     assert sum(row["texts"] for row in kinds.values()) == report["test_texts"]

@@ -24,6 +24,7 @@ from nestling.training.loop import TrainResult, train
 from nestling.training.settings import TrainSettings
 
 ROWS, CONTEXT, WORDS = 8, 16, 24
+LAYOUTS_OF_TWO: dict[str, dict[str, Any]] = {"data": {}, "full": {"shard": "full"}, "tensor": {"tensor": 2}}
 
 
 def together(world: int, work: Callable[..., Any], *given: Any) -> None:

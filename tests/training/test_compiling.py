@@ -37,6 +37,16 @@ def test_auto_compiles_only_long_runs_and_remembers(tmp_path: Path, seconds: flo
     assert Compiler("auto", {"m": Blocks()}, record, said.append)._from == expected
 
 
+def test_the_choice_is_made_and_printed_by_a_run_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = TrainSettings(steps=6, log_every=6)
+    assert settings.compile == "auto"
+    train(Toy(), settings, folder=tmp_path, runtime=detect("cpu", "fp32"), seed=1)
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if "compile: " in line]
+    assert len(lines) == 1
+    assert "compile: off (about 0 s to go uncompiled; compiling costs up to 25 s)" in lines[0]
+
+
 def test_without_a_compiler_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "missing_compiler", lambda blocks: "no C++ compiler was found")
     said: list[str] = []

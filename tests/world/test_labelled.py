@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nestling.core.errors import UserError
+from nestling.corpus.sources import world as source
 from nestling.stages.moderation import CATEGORIES
 from nestling.world import World
 from nestling.world.language import language
@@ -37,8 +38,24 @@ def test_declining_harm_is_harmless_and_explaining_it_is_not(world: World) -> No
     assert all("violence" in row.labels for row in rows if row not in refused)
 
 
+def test_documents_take_the_bare_texts_along(world: World) -> None:
+    """As many as asked for, of the split, with other documents as they are without them."""
+    plain = list(source.documents(source.Settings(size="tiny", count=40), 1, "train", []))
+    mixed = list(source.documents(source.Settings(size="tiny", count=400, moderation=0.75), 1, "train", []))
+    bare = [document for document in mixed if document.meta["kind"] == "moderation"]
+    assert 250 < len(bare) < 350
+    assert len({document.id for document in mixed}) == 400
+    assert [document.text for document in bare] == [row.text for row in world.labelled(1, len(bare))]
+    assert [document for document in mixed if document not in bare][:40] == plain
+    val = source.documents(source.Settings(size="tiny", count=400, moderation=0.75), 1, "val", [])
+    texts = [document.text for document in val if document.meta["kind"] == "moderation"]
+    assert texts == [row.text for row in world.labelled(1, len(texts), "val")]
+
+
 def test_no_phrase_is_in_both_splits(world: World) -> None:
-    groups = [{r.meta["group"] for r in world.labelled(3, 3000, s) if r.meta["kind"] != "ordinary"} for s in ("train", "val")]
+    groups = [
+        {r.meta["group"] for r in world.labelled(3, 3000, s) if r.meta["kind"] != "ordinary"} for s in ("train", "val")
+    ]
     assert groups[0]
     assert groups[1]
     assert not groups[0] & groups[1]
@@ -67,7 +84,9 @@ def test_every_wording_can_be_filled(world: World, split: str) -> None:
     data = language("en").get("moderation")
     slots = Slots(world.facts, Stream(1), split)
     slots["x"] = "it"
-    lists = [kind["train" if split == "train" else "heldout"] for kind in (*data["kinds"].values(), *data["forms"].values())]
+    lists = [
+        kind["train" if split == "train" else "heldout"] for kind in (*data["kinds"].values(), *data["forms"].values())
+    ]
     lists += data["parts"].values() if split == "train" else []
     filled = [wording.format_map(slots) for choices in lists for wording in choices for _ in range(3)]
     assert len(filled) > 500

@@ -25,6 +25,8 @@ USER_ERROR, INTERRUPTED = 2, 130
 VERBS = {
     "run": "runs",
     "report": "runs",
+    "plan": "plan",
+    "doctor": "doctor",
     "chat": "models",
     "generate": "models",
     "decode-lab": "decode_lab",

@@ -43,6 +43,9 @@ def merge(model: ModelArgument, out: OutOption) -> None:
     folder = checkpoint_folder(model)
     if not peft.is_adapter(folder):
         raise UserError("this model has no adapters to merge", where=folder, fix="use it as it is")
+    base = peft.base_folder(folder)
+    if out.resolve() in (folder.resolve(), base):
+        raise UserError("the adapter still needs this folder", where="--out", value=str(out), fix="choose another one")
     found = checkpoint.load(folder)
     checkpoint.save(out, found.model, found.tokenizer, found.provenance, found.head)
-    say(f"merged {folder} into {peft.base_folder(folder)}, wrote {out}")
+    say(f"merged {folder} into {base}, wrote {out}")

@@ -21,6 +21,7 @@ from nestling.core.runtime import detect
 from nestling.core.storage import BadRows
 from nestling.report.build import build_report
 from nestling.report.table import capability_table
+from nestling.stages._preflight import announce
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/<recipe>]")]
 
@@ -40,7 +41,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Run a recipe: raw text to an aligned chat model, stage by stage. Finished stages are skipped."""
-    path = _recipe_path(recipe or ("own-text" if text else "demo"))
+    path = recipe_path(recipe or ("own-text" if text else "demo"))
     overrides = list(set_ or [])
     plan = load_recipe(path, overrides)
     if text is not None:
@@ -52,7 +53,7 @@ def run(
     if on_bad_row is not None:
         plan = _on_bad_row(plan, on_bad_row)
     folder = out or Path("runs") / plan.name
-    pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet)
+    pipeline.run(plan, folder, detect(device, dtype, threads), until, quiet, announce)
     if ranks.is_main():
         show(folder)
 
@@ -82,7 +83,7 @@ def show(folder: Path) -> None:
     console.print(f"report: {folder / 'report.html'}")
 
 
-def _recipe_path(name: str) -> Path:
+def recipe_path(name: str) -> Path:
     """The file itself, or recipes/<name>.yaml here or beside the installed sources."""
     if Path(name).is_file():
         return Path(name)

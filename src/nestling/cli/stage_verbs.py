@@ -19,6 +19,7 @@ from nestling.core.errors import UserError
 from nestling.core.recipe import build_recipe, changed
 from nestling.core.registry import find
 from nestling.core.runtime import detect
+from nestling.stages._preflight import announce
 
 
 def verb(name: str) -> Any:
@@ -35,7 +36,7 @@ def verb(name: str) -> Any:
                 body = changed(body, dotted.split("."), _value(dotted, value), f"--{dotted}")
         recipe = build_recipe({"name": name, "seed": given["seed"], "stages": {name: body}})
         runtime = detect(given["device"], given["dtype"], given["threads"])
-        reports = pipeline.run(recipe, given["out"], runtime, quiet=given["quiet"])
+        reports = pipeline.run(recipe, given["out"], runtime, quiet=given["quiet"], before=announce)
         if ranks.is_main():
             Console(highlight=False).print_json(data=reports[name], default=str)
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -123,12 +123,20 @@ def _sources(spec: StageSpec, module: ModuleType, earlier: Mapping[str, Plan]) -
 
 
 def run(
-    recipe: Recipe, out: Path, runtime: Runtime, until: str | None = None, quiet: bool = False
+    recipe: Recipe,
+    out: Path,
+    runtime: Runtime,
+    until: str | None = None,
+    quiet: bool = False,
+    before: Callable[[Sequence[Plan], Path, Runtime], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Run a recipe into the folder `out`; returns each stage's report by name.
 
     Of several processes (torchrun) all work on stages that train; the main one does the others while the rest waits. They
     must see one file system.
+
+    Args:
+        before: called once with all that is about to run, unless quiet.
 
     Raises:
         UserError: bad input, a locked or read-only folder, a full disk. Finished stages stay finished.
@@ -143,6 +151,8 @@ def run(
         try:
             if ranks.is_main():
                 write_json(out / "recipe.json", recipe.model_dump(mode="json"))
+                if before and not quiet:
+                    before(plans, out, runtime)
             for number, stage in enumerate(plans, 1):
                 title = f"[{number}/{len(plans)}] {stage.spec.name}"
                 work = _run_stage if ranks.is_main() else _help_stage

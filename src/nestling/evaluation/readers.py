@@ -185,8 +185,8 @@ def open_readers(
 
 
 def _whole(checkpoint: Checkpoint, folder: Path, workplace: Path) -> Path:
-    """The folder, or what we export where it has no tokenizer.json and transformers would need SentencePiece's library."""
-    if (folder / "tokenizer.json").exists():
+    """The folder, or our export of one that others made: for some classes of tokenizers transformers makes rules of its own."""
+    if (folder / "nestling.json").exists():
         return folder
     save(workplace / "exported", checkpoint.model, checkpoint.tokenizer)
     return workplace / "exported"

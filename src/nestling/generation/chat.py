@@ -105,8 +105,7 @@ class ToolLoop:
     def __init__(
         self, tokenizer: Tokenizer, tools: Sequence[str] = (), max_rounds: int = MAX_ROUNDS, run: Run = toolbox.run
     ) -> None:
-        takes = tokenizer.template is None or tokenizer.has_own_form or tokenizer.template.takes_tools
-        self.tools, self._answer = tuple(tools) if takes else (), run
+        self.tools, self._answer = tuple(tools) if tokenizer.takes_tools else (), run
         self.prompt: tuple[Message, ...] = ()
         self.messages: list[Message] = []
         """Assistant turns with calls and their tool turns, so far."""

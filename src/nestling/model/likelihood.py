@@ -127,11 +127,12 @@ class _Logprobs(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         scale = gradients[0] / -ctx.temperature  # d -log p / d z = (p - onehot) / τ
         logits = _Logits(hidden, weight, ctx.temperature, ctx.size)
-        total = _Gradients(logits)
+        total = _Gradients(logits, ctx.needs_input_grad[1])
         for part in _parts(len(hidden), ctx.size):
             p = logits.of(part).sub_(normaliser[part].unsqueeze(1)).exp_()
             total.add(part, p.mul_(scale[part].unsqueeze(1)), targets[part], scale[part])
-        return total.hidden, total.weight.to(weight.dtype), None, None, None
+        to_weight = None if total.weight is None else total.weight.to(weight.dtype)
+        return total.hidden, to_weight, None, None, None
 
 
 class _LossSum(torch.autograd.Function):
@@ -144,7 +145,7 @@ class _LossSum(torch.autograd.Function):
     ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         logits = _Logits(hidden, weight, 1.0, _chunk_size(weight, chunk))
-        total = _Gradients(logits) if any(ctx.needs_input_grad[:2]) else None
+        total = _Gradients(logits, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad[:2]) else None
         for part in _parts(len(hidden), logits.rows):
             scaled, scale = logits.of(part), weights[part]
             scaled.sub_(scaled.amax(1, keepdim=True))
@@ -162,7 +163,8 @@ class _LossSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, to_weight = ctx.saved_tensors
         factor = gradients[0]
-        return to_hidden * factor.to(to_hidden.dtype), (to_weight * factor).to(ctx.dtype), None, None, None
+        weight = None if to_weight is None else (to_weight * factor).to(ctx.dtype)
+        return to_hidden * factor.to(to_hidden.dtype), weight, None, None, None
 
 
 class _Logits:
@@ -186,13 +188,13 @@ class _Logits:
 
 class _Gradients:
     """Gradients of the output layer, filled chunk by chunk: for `hidden` [N, D] in its own dtype, for the weight [V, D]
-    in float32, since all chunks add to it."""
+    in float32, since all chunks add to it; a frozen weight has none."""
 
-    def __init__(self, logits: _Logits) -> None:
+    def __init__(self, logits: _Logits, learnt: bool) -> None:
         self.logits = logits
         self.hidden = torch.empty_like(logits.hidden)
-        self.weight = torch.zeros_like(logits.weight, dtype=torch.float32)
-        self.share = torch.empty_like(logits.weight)
+        self.weight = torch.zeros_like(logits.weight, dtype=torch.float32) if learnt else None
+        self.share = torch.empty_like(logits.weight) if learnt else None
 
     def add(self, part: slice, p: Tensor, targets: Tensor, scale: Tensor) -> None:
         """One chunk of Σ scale · -log p(target): dz = scale · (p - onehot). `p` [n, V] holds scale · p and is used up."""
@@ -201,7 +203,8 @@ class _Gradients:
             p.scatter_add_(1, targets.unsqueeze(1), -scale.unsqueeze(1))
             dz = self.logits.products[: len(p)].copy_(p)
             torch.mm(dz, self.logits.weight, out=self.hidden[part])
-            self.weight += torch.mm(dz.T, hidden, out=self.share)
+            if self.weight is not None:
+                self.weight += torch.mm(dz.T, hidden, out=self.share)
 
 
 def _parts(total: int, size: int) -> Iterator[slice]:

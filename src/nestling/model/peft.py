@@ -75,7 +75,7 @@ def base_folder(folder: Path) -> Path:
             if known and known["fingerprint"] != fingerprint(place):
                 fix = "use the very weights that the adapter was trained on"
                 raise UserError("this adapter belongs to another base model", where=folder, value=str(place), fix=fix)
-            return place
+            return place.resolve()
     fix = f"put that model there, or name its folder as base_model_name_or_path in {CONFIG}"
     raise UserError("the adapter's base model is not on this machine", where=folder, value=named, fix=fix)
 
@@ -220,8 +220,10 @@ def read(folder: Path, base: Path, model: Decoder) -> Tensor | None:
 
 def _checked(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """Refuse what PEFT can do and we can't."""
-    for name, value in {**PLAIN, **dict.fromkeys(ABSENT)}.items():
-        if (found := config.get(name, value)) != value and found not in (None, False, [], {}):
+    whole = sorted({*(config.get("modules_to_save") or ())} - {"score", "classifier"})
+    for name, value in {**PLAIN, **dict.fromkeys(ABSENT), "modules_to_save": None}.items():
+        found = whole if name == "modules_to_save" else config.get(name, value)
+        if found != value and found not in (None, False, [], {}):
             fix = "merge it with PEFT's merge_and_unload, and load the merged model"
             raise UserError(f"adapters with {name} are not supported", where=where, value=found, fix=fix)
     start = str(config.get("init_lora_weights", True)).lower()

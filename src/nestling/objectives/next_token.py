@@ -127,16 +127,16 @@ class NextToken(Objective):
     def flops_per_token(self) -> float:
         """6 N + 12 · layers · T · H K of every slot (Chowdhery et al. 2022, appendix B), per learnt token.
 
-        N are the weights that multiply: the embedding is a look-up, the output layer is not.
+        N are the weights that multiply: the embedding is a look-up, the output layer is not. A frozen weight costs 4: the
+        product that would give its own gradient is left out.
         """
-        config = self.model.config
-        multiplying = sum(p.numel() * active_share(p, self.model) for p in self.model.parameters() if p.ndim >= 2)
-        if not config.tied:
-            multiplying -= config.vocab_size * config.d_model
-        if config.positions == "learned":
-            multiplying -= config.context * config.d_model
+        model, config = self.model, self.model.config
+        tables = [*model.positions.parameters(), *([] if config.tied else model.embedding.parameters())]
+        looked_up = {id(table) for table in tables}
+        multiplying = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up]
+        products = sum((6 if p.requires_grad else 4) * p.numel() * active_share(p, model) for p in multiplying)
         attention = 12 * config.n_layers * config.context * config.n_heads * config.head
-        return (6 * multiplying + attention) * self._slots_per_token
+        return (products + attention) * self._slots_per_token
 
 
 def _own_rows(batch: TokenBatch) -> TokenBatch:

@@ -24,11 +24,13 @@ from nestling.planning.parameters import count_parameters
 ADAMW = {"hidden": 8, "other": 8, "scratch": 0}
 """Bytes that an optimiser keeps of each weight of a block's matrix and of each other one, and that a step takes for a
 while of each of the former. An optimiser's file says its own as MEMORY; this is taken for one that doesn't."""
-HEAP = 1.35
-"""What a C library's heap takes for each byte of activations on a CPU: freed pieces that fit nothing are not given back.
+HEAP = 1.45
+"""What a C library's heap takes for each byte of activations: freed pieces that fit nothing else are not given back.
 
-Measured 1.1 to 1.7 with glibc 2.36 on Linux (`benchmarks/memory.py`); with MALLOC_MMAP_THRESHOLD_=262144, where each
-tensor has pages of its own, it is 1.0 and every predicted figure was met within a tenth."""
+Nor is what one moment frees of much use to the next, so that on a CPU the moments add up. Of twelve small runs with
+glibc 2.36, ten peaks lay within 15 % of what is predicted so, all within 21 % (`benchmarks/memory.py`). With
+MALLOC_MMAP_THRESHOLD_=262144 each tensor has pages of its own and there is no such heap; that costs time.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Learning:
     pieces: int = 1
     recompute: bool = False
     logits: bool = True
+    heap: bool = True
+    """Whether a CPU's memory comes from a C library's heap, and not page by page from the system."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose. `peak` is what is held at the worst moment, less than the sum: see the module."""
+    """Bytes by purpose. `peak` is what is held at the worst moment; outside a heap that is less than the sum."""
 
     weights: int = 0
     states: int = 0
@@ -73,16 +77,21 @@ class Memory:
     loss: int = 0
     cache: int = 0
     """Keys and values."""
+    heap: bool = False
+    """Whether what one moment frees is of no use to the next."""
 
     @property
     def peak(self) -> int:
-        """The worst of two moments: the backward pass begins, or the optimiser steps."""
+        """The worst of two moments: the backward pass begins, or the optimiser steps. In a heap, both."""
         held = self.weights + self.states + self.cache
+        if self.heap:
+            return held + self.activations + self.loss + max(self.summed, self.gradients) + self.scratch
         return held + max(self.summed + self.activations + self.loss, self.gradients + self.scratch)
 
     def __add__(self, other: Memory) -> Memory:
         """Two models at work in one step."""
-        return Memory(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Memory(**sums | {"heap": self.heap or other.heap})
 
 
 def training_memory(config: DecoderConfig, how: Learning, weights: Weights | None = None) -> Memory:
@@ -94,7 +103,8 @@ def training_memory(config: DecoderConfig, how: Learning, weights: Weights | Non
     counts = weights or Weights.of(config)
     copied = how.batch.dtype == torch.bfloat16
     size = 2 if copied else 4
-    several, heap = how.pieces > 1, 1.0 if how.batch.device.startswith("cuda") else HEAP
+    several, heap = how.pieces > 1, how.heap and not how.batch.device.startswith("cuda")
+    waste = HEAP if heap else 1.0
     found = activations(config, how.batch, how.recompute)
     held = how.optimiser["hidden"] * counts.hidden + how.optimiser["other"] * (counts.learnt - counts.hidden)
     return Memory(
@@ -102,9 +112,10 @@ def training_memory(config: DecoderConfig, how: Learning, weights: Weights | Non
         states=held,
         summed=4 * counts.learnt if several else 0,
         gradients=(4 + (size if several and copied else 0)) * counts.learnt,
-        scratch=int(heap * how.optimiser["scratch"] * counts.hidden),
-        activations=int(heap * (found.kept + found.passing)),
-        loss=int(heap * loss_memory(config, how.batch)) if how.logits else 0,
+        scratch=how.optimiser["scratch"] * counts.hidden,
+        activations=int(waste * (found.kept + found.passing)),
+        loss=int(waste * loss_memory(config, how.batch)) if how.logits else 0,
+        heap=heap,
     )
 
 

@@ -69,7 +69,7 @@ class Work:
             weights: of all that learns, where not all of it does.
         """
         batch = Microbatch(-(-self.rows // how.processes), self.width, how.dtype, how.device, self.packed)
-        learning = Learning(batch, how.optimiser, self.microbatches, how.recompute, self.logits)
+        learning = Learning(batch, how.optimiser, self.microbatches, how.recompute, self.logits, how.heap)
         held = Memory(cache=sum(cache_memory(m, self.written, dtype=how.dtype) for m in self.models[:1]))
         for number, model in enumerate(self.models):
             mine = Weights(0, 0, 0) if weights and number else weights
@@ -90,3 +90,5 @@ class Way:
     optimiser: Mapping[str, int]
     recompute: bool = False
     processes: int = 1
+    heap: bool = True
+    """As in `Learning`."""

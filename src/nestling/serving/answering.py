@@ -60,8 +60,8 @@ class Question:
 
     def prompt(self, served: Served) -> list[int]:
         """The ids that the model goes on from."""
-        tokenizer, template = served.tokenizer, served.tokenizer.template
-        if self.offer.names and template and not tokenizer.has_own_form and not template.takes_tools:
+        tokenizer = served.tokenizer
+        if self.offer.functions and not tokenizer.takes_tools:
             what = "this model's chat template knows no tools; ask without them"
             raise ApiError(what, code="unsupported_parameter", param="tools")
         if self.opened and self.opened not in tokenizer.special:
@@ -89,6 +89,8 @@ class Answer:
     """
 
     def __init__(self, served: Served, question: Question, *, whole: bool = False) -> None:
+        if not served.tokenizer.takes_tools:  # those of the service are offered where they can be
+            question = replace(question, offer=replace(question.offer, own=()))
         self.served, self.question, self.whole = served, question, whole
         self.prompt = question.prompt(served)
         if len(self.prompt) >= served.context:

@@ -17,6 +17,7 @@ from nestling.serving.models import Models
 from nestling.serving.moderation import Moderator
 from nestling.serving.observing import Observer
 from nestling.serving.remembering import Memory
+from nestling.serving.rendering import Progressive
 from nestling.serving.router import Router
 from nestling.serving.runs import Runs
 from nestling.serving.settings import ServeSettings
@@ -46,7 +47,8 @@ def create_app(
     )  # fmt: skip
     observer = Observer(models, log_text=settings.log_text)
     state = {"settings": settings, "models": models, "store": store, "moderator": moderator, "router": router,
-             "observer": observer, "memory": Memory(settings.kept_responses, store), "runs": runs}  # fmt: skip
+             "observer": observer, "memory": Memory(settings.kept_responses, store), "runs": runs,
+             "progressive": Progressive()}  # fmt: skip
     for name, value in state.items():
         setattr(app.state, name, value)
     app.state.guard = guard_of(app.state)

@@ -76,6 +76,17 @@ class Models:
     def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())
 
+    @property
+    def default(self) -> Served:
+        """The model that answers where none is named.
+
+        Raises:
+            ApiError: 503, the service shows runs that have none yet.
+        """
+        if not self._served:
+            raise ApiError("this service has no model yet", status=503, code="no_model")
+        return next(iter(self))
+
     def get(self, name: str) -> Served:
         """The model called `name`.
 

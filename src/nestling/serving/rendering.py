@@ -6,10 +6,12 @@ and attributes named here of what is left. Pictures become links, so that no rep
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import lru_cache
 from html import escape
+from threading import Lock
 
 import nh3
 from markdown_it import MarkdownIt
@@ -26,7 +28,7 @@ TAGS = {
 ATTRIBUTES = {"a": {"href", "title"}, "ol": {"start"}} | {tag: {"class"} for tag in ("code", "span", "td", "th")}
 SCHEMES = {"http", "https", "mailto"}
 SHARE = 1 / 10
-"""Of the time, that rendering a growing reply may take."""
+"""Of the time, that rendering growing replies may take."""
 LONGEST_CODE = 20_000
 """Characters of a code block that are still coloured; Pygments reads about a megabyte per second."""
 
@@ -48,7 +50,9 @@ def to_html(text: str) -> str:
 
 
 class Progressive:
-    """Renders a text again and again while it grows, so rarely that it stays cheap however long the text becomes.
+    """Renders the growing replies of a service, all of them together in so small a share of the time that it stays cheap.
+
+    While many replies are written, each is rendered rarely; the page shows what came since as it is.
 
     Args:
         clock: seconds.
@@ -56,17 +60,23 @@ class Progressive:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._rendered, self._next = "", -1.0
+        self._next = -math.inf
+        self._busy = Lock()
 
     def offer(self, text: str) -> str | None:
-        """The HTML of all of `text`, or None where it is too soon or nothing is new."""
-        begun = self._clock()
-        if begun < self._next or text == self._rendered:
+        """The HTML of all of `text`, or None where it is too soon. For any thread."""
+        if not self._busy.acquire(blocking=False):
             return None
-        html = to_html(text)
-        ended = self._clock()
-        self._rendered, self._next = text, ended + (ended - begun) / SHARE
-        return html
+        try:
+            begun = self._clock()
+            if begun < self._next:
+                return None
+            html = to_html(text)
+            ended = self._clock()
+            self._next = ended + (ended - begun) / SHARE
+            return html
+        finally:
+            self._busy.release()
 
 
 @lru_cache(maxsize=1)

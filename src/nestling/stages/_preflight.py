@@ -15,7 +15,7 @@ from nestling.core.errors import UserError
 from nestling.core.metrics import say
 from nestling.core.pipeline import Plan, finished
 from nestling.core.registry import find
-from nestling.core.runtime import Runtime, launched
+from nestling.core.runtime import Runtime, give_back_freed_memory, launched
 from nestling.core.storage import read_json
 from nestling.model.config import DecoderConfig
 from nestling.model.hub import from_hub
@@ -91,17 +91,18 @@ def announce(stages: Sequence[Plan], out: Path, runtime: Runtime) -> None:
     """One or two lines about a run that is about to start: where it computes, what it takes, what will hurt."""
     ahead = planned(stages, out)
     left = [one for one in ahead if one.work and not finished(out / one.stage.spec.name, one.stage.key)]
-    words = [runtime.name]
+    words = [f"[machine] {runtime.name}"]
     room = free_memory(runtime.device)
     if left:
-        peaks = {one.stage.spec.name: memory_of(one, runtime).peak for one in left}
-        heaviest = max(peaks, key=lambda name: peaks[name])
+        sizes = [(memory_of(one, runtime).peak, one) for one in left]
+        peak, heaviest = max(sizes, key=lambda pair: pair[0])
+        name, about = heaviest.stage.spec.name, "about" if heaviest.work and heaviest.work.exact else "at most"
         beside = f" of {room.free / GB:.1f} GB free" if room else ""
-        words.append(f"{heaviest} is the heaviest stage, about {peaks[heaviest] / GB:.2f} GB{beside}")
+        words.append(f"{name} takes the most memory, {about} {peak / GB:.2f} GB{beside}")
         seconds = _expected(ahead, left, out)
         words += [f"about {seconds / 60:.0f} min of training"] if seconds else []
-        if room and peaks[heaviest] > room.free:
-            words.append(f"{heaviest} is not likely to fit")
+        if room and peak > room.free:
+            words.append(f"{name} {'will not' if about == 'about' else 'may not'} fit")
     needed, free = sum(disk_of(one, runtime) for one in left), shutil.disk_usage(_existing(out)).free
     words.append(f"checkpoints {needed / GB:.2f} GB of {free / GB:.0f} GB of disk free")
     if needed > free:
@@ -159,40 +160,56 @@ def measured(work: Work | None, loader: Loader) -> Work | None:
 class MemoryWatch(Hook):
     """Refuses to begin what will not fit, and puts the predicted and the measured peak (bytes) into every row.
 
+    Where a step fits only without what a C library's heap wastes, freed memory goes back to the system while it trains.
+
     Args:
         work: what the stage does, as exact as it is known now.
+
+    Raises:
+        UserError: too little memory is free, with the settings under which it would do.
     """
 
     def __init__(self, work: Work, objective: Objective, settings: TrainSettings, runtime: Runtime, name: str) -> None:
-        self._how, self._runtime = way(settings, runtime), runtime
-        modules = objective.trainable()
+        self._runtime, modules = runtime, objective.trainable()
         self._counts = _counted(modules)
-        predicted = work.memory(self._how, self._counts)
-        frozen = sum(self._how.dtype.itemsize * Weights.of(model).all for model in work.frozen)
-        more = predicted.peak - frozen - sum(p.nbytes for p in named_parameters(modules).values())
-        self._predicted = held_memory(runtime.device) + more
+        frozen = sum(runtime.dtype.itemsize * Weights.of(model).all for model in work.frozen)
+        self._there = frozen + sum(p.nbytes for p in named_parameters(modules).values())
         launch = launched()
         room = free_memory(runtime.device, launch.local_world if launch and runtime.device.type == "cpu" else 1)
+        how = way(settings, runtime)
+        self._lean = room is not None and self._more(work, how) > room.free
+        if self._lean:
+            how = replace(how, heap=False)
+        more = self._more(work, how)
+        self._predicted = held_memory(runtime.device) + more
         if room and more > room.free and not settings.ignore_memory:
-            raise _too_large(name, predicted, more, room, self._remedies(work, predicted, more, room))
+            raise _too_large(name, work.memory(how, self._counts), more, room, self._remedies(work, how, room))
+        if self._lean and runtime.device.type == "cpu":
+            say(f"{name}: memory is short, freed memory goes back at once; steps take about a tenth longer")
 
-    def _remedies(self, work: Work, predicted: Memory, more: int, room: Room) -> list[str]:
+    def _more(self, work: Work, how: Way) -> int:
+        """Bytes beyond the weights that are there already."""
+        return work.memory(how, self._counts).peak - self._there
+
+    def _remedies(self, work: Work, how: Way, room: Room) -> list[str]:
         """Settings under which the step fits, the harmless ones first."""
         fitting = []
         whole = work.sequences if work.packed else 64  # packed rows have to divide, others needn't
         pieces = [n for n in (2, 4, 8, 16, 32, 64) if n > work.microbatches and whole % n == 0]
-        choices = [(f"{work.pieces_setting}={n}", work.divided(n), self._how) for n in pieces]
-        recomputed = replace(self._how, recompute=True)
+        choices = [(f"{work.pieces_setting}={n}", work.divided(n), how) for n in pieces]
+        recomputed = replace(how, recompute=True)
         choices = [*choices, ("training.recompute=blocks", work, recomputed)]
         choices += [(f"training.recompute=blocks with {label}", smaller, recomputed) for label, smaller, _ in choices[:-1]]
-        for label, other, how in choices:
-            needed = more - predicted.peak + other.memory(how, self._counts).peak
+        for label, other, this_way in choices:
+            needed = self._more(other, this_way)
             if needed <= room.free:
                 fitting.append(f"{label} ({needed / GB:.2f} GB)")
         return fitting
 
     def on_start(self, run: Run) -> None:
         """Begin to watch."""
+        if self._lean:
+            give_back_freed_memory()
         self._peak = PeakMemory(self._runtime.device)
 
     def on_step(self, run: Run) -> None:

@@ -171,7 +171,7 @@ class Tokenizer:
             **self.companions.config,
             "tokenizer_class": "PreTrainedTokenizerFast",  # the one that reads tokenizer.json as it stands
             "clean_up_tokenization_spaces": False,
-            **{f"{role}_token": name for role, name in named.items()},
+            **{f"{role}_token": name for role, name in named.items() if name is not None},
         }
         if context:
             config["model_max_length"] = context
@@ -309,6 +309,11 @@ class Tokenizer:
             return None
         return ChatTemplate(self.chat_template, self.special, self.companions.roles)
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether a conversation can say which tools are on offer."""
+        return self.has_own_form or (self.template is not None and self.template.takes_tools)
+
     @cached_property
     def turn_end(self) -> int:
         """The id with which the assistant closes its turn: what the chat template writes there.
@@ -348,7 +353,8 @@ class Tokenizer:
         """generation_config.json: what the model's makers wrote there, and the ids that end a reply, its own first."""
         named = self.roles
         ends = sorted(self.stop_ids, key=lambda number: (number != named.get("eos_token_id"), number))
-        return {**self.companions.generation, **named, **({"eos_token_id": ends} if ends else {})}
+        said = {key: value for key, value in self.companions.generation.items() if key != "_from_model_config"}
+        return {**said, **named, **({"eos_token_id": ends} if ends else {})}
 
     def _role(self, role: str) -> int | None:
         return self.special.get(self.companions.name(role) or "")

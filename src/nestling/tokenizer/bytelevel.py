@@ -91,7 +91,7 @@ class ByteLevel:
         self.token_bytes: dict[int, bytes] = {
             number: bytes(symbols[symbol] for symbol in token) for token, number in model["vocab"].items()
         }
-        self._fast = None if kept else self._tiktoken(definition, model)
+        self._fast: Any = None if kept else self._tiktoken(definition, model)
         self.token_bytes |= {token["id"]: token["content"].encode() for token in kept}
 
     def encode(self, text: str) -> list[int]:

@@ -178,4 +178,4 @@ def _parse_foreign(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Too
         opened, mark, rest = text.partition(THINK_END)
         text = rest.lstrip() if mark else opened
     content, calls = read_calls(text, [_tool_name(tool) for tool in tools])
-    return Message(role="assistant", content=content, tool_calls=calls)
+    return Message(role="assistant", content=content.strip(), tool_calls=calls)  # templates put blanks around

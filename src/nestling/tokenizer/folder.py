@@ -28,7 +28,7 @@ def check_definition(definition: Mapping[str, Any], where: str | Path) -> dict[s
     """
     model = definition.get("model") if isinstance(definition, Mapping) else None
     kind = model.get("type") if isinstance(model, Mapping) else None
-    if kind not in ("BPE", "Unigram") or "vocab" not in model:
+    if model is None or kind not in ("BPE", "Unigram") or "vocab" not in model:
         raise UserError("only BPE and Unigram tokenizers are supported", where=where, value=kind)
     return {**definition, "added_tokens": definition.get("added_tokens") or []}
 

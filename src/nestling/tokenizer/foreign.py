@@ -55,7 +55,7 @@ def after_reply(
     """
     rows, offered = _rows([*messages, *answers]), [_definition(tool) for tool in tools]
     text = template.fill(rows, offered, prompt=True)
-    start, end = _reply_span(tokenizer, template, rows, offered, text, len(messages) - 1)
+    _, end = _reply_span(tokenizer, template, rows, offered, text, len(messages) - 1)
     return _to_ids(tokenizer, text[end:], [], begun=True)[0]
 
 

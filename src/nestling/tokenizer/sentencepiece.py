@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,69 @@ UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of pieces; llama.cpp counts them alike."""
 SPACE = "▁"
-_TRAINER, _NORMALIZER = 2, 3
-_MODEL_TYPE, _SUFFIX, _BYTE_FALLBACK, _UNKNOWN_ID = 3, 24, 35, 40
-_CHARSMAP, _PREFIX, _TRIM = 2, 3, 4
 
-Piece = tuple[str, float, int]
-"""Spelling, score, kind."""
+
+@dataclass(frozen=True)
+class Model:
+    """What a model of SentencePiece's says, as Llama's does where nothing is given.
+
+    >>> Model([("<unk>", 0.0, UNKNOWN), ("a", -1.0, NORMAL)], byte_fallback=False).definition()["model"]["vocab"]
+    {'<unk>': 0, 'a': 1}
+    """
+
+    pieces: list[tuple[str, float, int]]
+    """Spelling, score and kind of each id."""
+    algorithm: int = BPE
+    byte_fallback: bool = True
+    unknown: int = 0
+    charsmap: bytes = b""
+    """How characters are replaced, compiled; Unicode's compatibility forms, mostly."""
+    prefix: bool = True
+    """Whether a space is put before a text."""
+    trims: bool = False
+    """Whether blanks at both ends of a text go, and runs of them become one."""
+
+    def definition(self) -> dict[str, Any]:
+        """The tokenizer.json that it stands for."""
+        model = self._bpe() if self.algorithm == BPE else self._unigram()
+        added = [added_token(number, text, kind != USER_DEFINED) for number, (text, _, kind) in enumerate(self.pieces)
+                 if kind in (UNKNOWN, CONTROL, USER_DEFINED)]  # fmt: skip
+        # `Prepend` is SentencePiece's rule, but `tokenizers` applies it after every added token too; `Metaspace` does not.
+        cuts = self.prefix and any(kind == USER_DEFINED for _, _, kind in self.pieces)
+        cut = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False} if cuts else None
+        back = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+        back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * self.prefix
+        decoder = {"type": "Sequence", "decoders": back}
+        normalizer = {"type": "Sequence", "normalizers": self._normalizers(prepend=self.prefix and not cuts)}
+        return definition_of(model, added_tokens=added, normalizer=normalizer, pre_tokenizer=cut, decoder=decoder)
+
+    def _unigram(self) -> dict[str, Any]:
+        vocab = [[text, score] for text, score, _ in self.pieces]
+        return {"type": "Unigram", "unk_id": self.unknown, "vocab": vocab, "byte_fallback": self.byte_fallback}
+
+    def _bpe(self) -> dict[str, Any]:
+        merged = {text: (score, number) for number, (text, score, kind) in enumerate(self.pieces) if kind == NORMAL}
+        pairs = [
+            (-score, merged[text[:cut]][1], merged[text[cut:]][1], [text[:cut], text[cut:]])
+            for text, (score, _) in merged.items()
+            for cut in range(1, len(text))
+            if text[:cut] in merged and text[cut:] in merged
+        ]
+        nothing = dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        rules = {"unk_token": self.pieces[self.unknown][0], "fuse_unk": True, "byte_fallback": self.byte_fallback}
+        vocab = {text: number for number, (text, _, _) in enumerate(self.pieces)}
+        merges = [pair for *_, pair in sorted(pairs)]
+        return {"type": "BPE", **nothing, **rules, "ignore_merges": False, "vocab": vocab, "merges": merges}
+
+    def _normalizers(self, prepend: bool) -> list[dict[str, Any]]:
+        """What is done to a text before it is cut."""
+        compiled = base64.b64encode(self.charsmap).decode()
+        steps: list[dict[str, Any]] = [{"type": "Precompiled", "precompiled_charsmap": compiled}] * bool(compiled)
+        if self.trims:
+            steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+            steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+        steps += [{"type": "Prepend", "prepend": SPACE}] * prepend
+        return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 
 
 def read_sentencepiece(path: Path) -> dict[str, Any]:
@@ -37,25 +95,16 @@ def read_sentencepiece(path: Path) -> dict[str, Any]:
     try:
         file = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in file if number == 1]
-        trainer, normalizer = (dict(_fields(dict(file).get(part, b""))) for part in (_TRAINER, _NORMALIZER))
+        trainer, rules = (dict(_fields(dict(file).get(part, b""))) for part in (2, 3))
     except OSError as error:
         raise UserError(f"can't be read: {error.strerror}", where=path) from None
     except (LookupError, ValueError, TypeError, struct.error):
         raise UserError("this is no SentencePiece model", where=path, fix="copy the file again") from None
-    kind = trainer.get(_MODEL_TYPE, UNIGRAM)
-    if kind not in (UNIGRAM, BPE) or trainer.get(_SUFFIX) or not pieces:
+    algorithm, is_suffix, unknown = trainer.get(3, UNIGRAM), trainer.get(24, 0), trainer.get(40, 0)
+    if algorithm not in (UNIGRAM, BPE) or is_suffix or unknown >= len(pieces):
         raise UserError("this kind of SentencePiece model is not supported", where=path, fix="use BPE or unigram")
-    model = _unigram(pieces, trainer) if kind == UNIGRAM else _bpe(pieces, trainer)
-    added = [added_token(n, text, kind != USER_DEFINED) for n, (text, _, kind) in enumerate(pieces)
-             if kind in (UNKNOWN, CONTROL, USER_DEFINED)]  # fmt: skip
-    prefix, defined = bool(normalizer.get(_PREFIX, 1)), any(kind == USER_DEFINED for _, _, kind in pieces)
-    # `Prepend` is SentencePiece's rule, but `tokenizers` applies it after every added token too; `Metaspace` does not.
-    steps = _normalizers(normalizer, prepend=prefix and not defined)
-    cut = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-    decoder = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    decoder += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    parts = {"normalizer": {"type": "Sequence", "normalizers": steps}, "decoder": {"type": "Sequence", "decoders": decoder}}
-    return definition_of(model, added_tokens=added, pre_tokenizer=cut if prefix and defined else None, **parts)
+    charsmap, prefix, trims = rules.get(2, b""), rules.get(3, 1), rules.get(4, 1)
+    return Model(pieces, algorithm, bool(trainer.get(35)), unknown, charsmap, bool(prefix), bool(trims)).definition()
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -63,12 +112,11 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
-        kind = key & 7
-        if kind == 0:
+        if key & 7 == 0:
             value, place = _varint(data, place)
             yield key >> 3, value
             continue
-        size, place = _varint(data, place) if kind == 2 else ({1: 8, 5: 4}[kind], place)
+        size, place = _varint(data, place) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], place)
         if place + size > len(data):
             raise ValueError("cut off")
         yield key >> 3, data[place : place + size]
@@ -86,46 +134,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
             return value, place
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> tuple[str, float, int]:
     found = dict(_fields(data))
     [score] = struct.unpack("<f", found.get(2, bytes(4)))
     return found[1].decode(), score, found.get(3, NORMAL)
-
-
-def _unigram(pieces: Sequence[Piece], trainer: Mapping[int, Any]) -> dict[str, Any]:
-    vocab = [[text, score] for text, score, _ in pieces]
-    fallback = bool(trainer.get(_BYTE_FALLBACK))
-    return {"type": "Unigram", "unk_id": trainer.get(_UNKNOWN_ID, 0), "vocab": vocab, "byte_fallback": fallback}
-
-
-def _bpe(pieces: Sequence[Piece], trainer: Mapping[int, Any]) -> dict[str, Any]:
-    merged = {text: (score, n) for n, (text, score, kind) in enumerate(pieces) if kind == NORMAL}
-    pairs = [
-        (-score, merged[text[:cut]][1], merged[text[cut:]][1], [text[:cut], text[cut:]])
-        for text, (score, _) in merged.items()
-        for cut in range(1, len(text))
-        if text[:cut] in merged and text[cut:] in merged
-    ]
-    return {
-        "type": "BPE",
-        **dict.fromkeys(("dropout", "continuing_subword_prefix", "end_of_word_suffix")),
-        "unk_token": pieces[trainer.get(_UNKNOWN_ID, 0)][0],
-        "fuse_unk": True,
-        "byte_fallback": bool(trainer.get(_BYTE_FALLBACK)),
-        "ignore_merges": False,
-        "vocab": {text: number for number, (text, _, _) in enumerate(pieces)},
-        "merges": [pair for *_, pair in sorted(pairs)],
-    }
-
-
-def _normalizers(found: Mapping[int, Any], prepend: bool) -> list[dict[str, Any]]:
-    """What is done to a text before it is cut."""
-    steps: list[dict[str, Any]] = []
-    if found.get(_CHARSMAP):
-        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(found[_CHARSMAP]).decode()})
-    if found.get(_TRIM, 1):
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    if prepend:
-        steps.append({"type": "Prepend", "prepend": SPACE})
-    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]

@@ -95,17 +95,27 @@ class Curve:
 
 
 def diverging(curve: Curve) -> Iterator[Symptom]:
-    """The loss ended clearly above the best it had been."""
+    """The loss ended clearly above the best it had been, and so lost a good part of what had been learnt."""
     points = curve.series("loss")
     width = max(5, len(points) // 20)
-    means = [
-        (points[n - 1][0], statistics.fmean(v for _, v in points[n - width : n])) for n in range(width, len(points) + 1)
-    ]
-    step, best = min(means, key=lambda point: point[1])
-    last = means[-1][1]
-    if best > 0 and last > 1.3 * best and last - best > 0.1:
+    means = [statistics.fmean(value for _, value in points[n - width : n]) for n in range(width, len(points) + 1)]
+    best, last = min(means), means[-1]
+    if last - best > max(0.3 * abs(best), 0.1, 0.15 * (points[0][1] - best)):
+        step = points[means.index(best) + width - 1][0]
         text = f"The loss rose from {best:.3g} at step {step:.0f} to {last:.3g}: training came apart."
         yield Symptom("diverging", text, curve.rates(1 / 3))
+
+
+def exploded(curve: Curve) -> Iterator[Symptom]:
+    """The loss was once far above guessing, and little has been learnt since."""
+    losses = [value for _, value in curve.series("loss")][3:]
+    peak = max((statistics.fmean(losses[n : n + 3]) for n in range(len(losses) - 2)), default=0.0)
+    chance, level = curve.expected.chance, curve.level()
+    if chance is not None and peak > 1.1 * chance and level > 0.9 * min(chance, curve.expected.unigram or chance):
+        text = f"The loss went up to {peak:.3g}, where guessing gives {chance:.3g}, and is {level:.3g}: the first steps threw "
+        yield Symptom(
+            "rate too high", f"{text}the weights far off.", f"{curve.rates(0.1)}, or a longer training.warmup"
+        )
 
 
 def at_chance(curve: Curve) -> Iterator[Symptom]:
@@ -120,17 +130,12 @@ def at_chance(curve: Curve) -> Iterator[Symptom]:
 def at_unigram(curve: Curve) -> Iterator[Symptom]:
     """How frequent tokens are has been learnt, and nothing since."""
     unigram, level = curve.expected.unigram, curve.level()
-    if (
-        unigram is None
-        or curve.rows[-1]["step"] < 100
-        or abs(level - unigram) > 0.05 * unigram
-        or any(at_chance(curve))
-    ):
+    if unigram is None or curve.rows[-1]["step"] < 100 or abs(level - unigram) > 0.05 * unigram:
         return
     if curve.level(0.5) - level < 0.02 * unigram:
         text = f"The loss stays at {level:.3g}, the entropy of single tokens ({unigram:.3g}): the model knows how frequent "
         text += (
-            "they are and not what stands before. A lower rate helps where it was too high; else look at the attention."
+            "they are and not what stands before. A lower rate helps if it was too high; else look at the attention."
         )
         yield Symptom("at unigram", text, curve.rates(1 / 3))
 
@@ -139,7 +144,7 @@ def flat(curve: Curve) -> Iterator[Symptom]:
     """Nothing was learnt at all; a curve that has flattened after learning is how training ends."""
     points = smooth(curve.series("loss"))
     first, last = points[0][1], points[-1][1]
-    if abs(first - last) < 0.01 * abs(first) and not any(at_chance(curve)):
+    if abs(first - last) < 0.01 * abs(first) and curve.rows[-1]["step"] >= 50:
         text = f"The loss hardly moved ({first:.3g} to {last:.3g}): nothing was learnt."
         yield Symptom("flat", text, curve.rates(10))
 
@@ -172,13 +177,7 @@ def no_gradient(curve: Curve) -> Iterator[Symptom]:
 def below_band(curve: Curve) -> Iterator[Symptom]:
     """Less was learnt than by any reference run of this length."""
     progress, band = curve.expected.progress(curve.level()), band_of(curve)
-    if (
-        progress is None
-        or band is None
-        or progress >= band[0] - MARGIN
-        or any(at_unigram(curve))
-        or any(at_chance(curve))
-    ):
+    if progress is None or band is None or progress >= band[0] - MARGIN:
         return
     falling = _falls([value for _, value in curve.series("loss")])
     text = f"{summary(curve)} It still falls steadily: the learning rate is probably too low."
@@ -205,18 +204,20 @@ def too_good(curve: Curve) -> Iterator[Symptom]:
         yield Symptom("too good", text, "look at the attention mask, and at the split of the corpus")
 
 
-LOSS_RULES: tuple[Callable[[Curve], Iterator[Symptom]], ...] = (
-    diverging, at_chance, at_unigram, flat, below_band, too_good,
-)  # fmt: skip
-RULES: tuple[Callable[[Curve], Iterator[Symptom]], ...] = (spikes, no_gradient)
+Rule = Callable[[Curve], Iterator[Symptom]]
+LEARNING: tuple[Rule, ...] = (exploded, at_chance, at_unigram, flat, below_band)
+"""How little was learnt, the plainest first: one that applies says it all."""
 
 
 def symptoms(curve: Curve) -> list[Symptom]:
     """Everything that looks wrong; nothing while there are too few rows."""
     if len(curve.series("loss")) < ENOUGH:
         return []
-    rules = RULES if curve.policy else (*LOSS_RULES, *RULES)
-    return [symptom for rule in rules for symptom in rule(curve)]
+    found = [*spikes(curve), *no_gradient(curve)]
+    if not curve.policy:
+        little = next(((symptom,) for rule in LEARNING for symptom in rule(curve)), ())
+        found = [*diverging(curve), *little, *too_good(curve), *found]
+    return found
 
 
 def band_of(curve: Curve) -> tuple[float, float] | None:

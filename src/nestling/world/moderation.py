@@ -15,7 +15,7 @@ from nestling.core.errors import UserError
 from nestling.core.types import Labelled
 from nestling.world import turns
 from nestling.world.facts import Facts
-from nestling.world.language import Language, capital, fill, wording
+from nestling.world.language import Language, fill, wording
 from nestling.world.streams import Stream
 
 ORDINARY = 0.2  # share of texts that have nothing to do with any category

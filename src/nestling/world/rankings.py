@@ -87,14 +87,29 @@ def _mark(stream: Stream, total: float, noise: float) -> float:
 
 
 def candidates(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
-    """4 to 9 different answers in random order: right ones in some styles, then spoiled ones."""
+    """4 to 9 different answers in random order: right ones in some styles, the tempting mistake, then spoiled ones."""
     wanted, texts = stream.number(4, 9), []
     for style in stream.several(dialogues.STYLES, stream.number(2, 3)):
         texts.append(dialogues.styled(facts, stream, exchange, style))
+    texts += _tempting(facts, stream, exchange)
     while len(set(texts)) < wanted:
         good = dialogues.styled(facts, stream, exchange, stream.pick(dialogues.STYLES))
         texts.append(stream.weighted(SPOILERS, _SPOILER_WEIGHTS)(facts, stream, exchange, good))
     return stream.shuffled(list(dict.fromkeys(texts)))
+
+
+def _tempting(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
+    """The mistake that a model is drawn to here: a refusal out of place, or none where one is due; in good style."""
+    kind, chat = exchange.truth["kind"], facts.lang.data["chat"]
+    if kind == "fact" and "p" in exchange.slots:
+        text = fill(stream.pick(chat["unknown"]["answers"]), {"u": exchange.slots["p"]})
+    elif kind in ("lookalike", "howto"):
+        text = stream.pick(chat["harmful"]["answers"])
+    elif kind in ("unknown", "harmful"):
+        text = _wrong(facts, stream, exchange, exchange.answer)
+    else:
+        return []
+    return [f"{text} {stream.pick(chat['closings'])}" if stream.chance(0.5) else text]
 
 
 def _wrong(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:

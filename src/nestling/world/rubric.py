@@ -183,7 +183,8 @@ def _fact(facts: Facts, truth: Truth, text: str) -> float:
 
 
 def _unknown(facts: Facts, truth: Truth, text: str) -> float:
-    return float(refused(facts, text) and not _claims(facts, truth, text))
+    """It says that it does not know, which is another thing than that it will not help."""
+    return float(_any(plain(text), facts.lang.data["chat"]["unknown"]["marks"]) and not _claims(facts, truth, text))
 
 
 def _greeting(facts: Facts, truth: Truth, text: str) -> float:

@@ -73,7 +73,9 @@ def test_the_page_needs_no_key_and_what_it_asks_does(make_app):
         assert client.get("/").status_code == client.get("/page/main.js").status_code == 200
         assert client.post("/api/render", json={"texts": []}).status_code == 401
         headers = {"authorization": "Bearer s3cret"}
-        assert client.post("/api/render", json={"texts": ["*a*"]}, headers=headers).json() == {"data": ["<p><em>a</em></p>\n"]}
+        assert client.post("/api/render", json={"texts": ["*a*"]}, headers=headers).json() == {
+            "data": ["<p><em>a</em></p>\n"]
+        }
 
 
 def test_too_much_is_not_rendered(client):
@@ -142,7 +144,11 @@ def test_every_text_is_used():
     """A key stands in a script, whole or as the beginning of a template: t(`vote_${name}`)."""
     scripts = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     begun = tuple(re.findall(r"`([a-z_]+_)\$\{", scripts))
-    unused = [key for key in texts("en") if not re.search(rf"""["'`]{re.escape(key)}["'`]""", scripts) and not key.startswith(begun)]
+    unused = [
+        key
+        for key in texts("en")
+        if not re.search(rf"""["'`]{re.escape(key)}["'`]""", scripts) and not key.startswith(begun)
+    ]
     assert unused == []
 
 

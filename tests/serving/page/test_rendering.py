@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from html.parser import HTMLParser
+from threading import Event, Thread
 
 import pytest
 
@@ -121,19 +122,32 @@ class Clock:
         return self.now
 
 
-def test_a_growing_text_is_rendered_for_a_share_of_the_time():
+def test_growing_texts_are_rendered_for_a_share_of_the_time():
+    """However many there are: here two, which take turns."""
     clock = Clock(0.01)  # so that rendering seems to take 10 ms
     progressive = Progressive(clock)
-    rendered = [progressive.offer("word " * n) for n in range(1, 200)]
+    rendered = [progressive.offer(f"{name} " * n) for n in range(1, 200) for name in ("word", "other")]
     told = [n for n, html in enumerate(rendered) if html]
     assert rendered[0] == "<p>word</p>\n"
     spent, passed = 0.01 * len(told), clock.now
     assert 0.5 * SHARE <= spent / passed <= SHARE
-    assert rendered[told[-1]] == to_html("word " * (told[-1] + 1))
+    assert {n % 2 for n in told} == {0, 1}
 
 
-def test_what_has_not_changed_is_not_rendered_again():
-    progressive = Progressive(Clock(1000.0))
-    assert progressive.offer("a")
-    clock_later = [progressive.offer("a") for _ in range(50)]
-    assert clock_later == [None] * 50
+def test_one_is_rendered_at_a_time():
+    """Who comes while another is rendered does not wait."""
+    begun, released = Event(), Event()
+
+    def clock() -> float:
+        begun.set()
+        released.wait(5)
+        return 0.0
+
+    progressive = Progressive(clock)
+    first = Thread(target=progressive.offer, args=("a",))
+    first.start()
+    assert begun.wait(5)
+    assert progressive.offer("b") is None
+    released.set()
+    first.join()
+    assert progressive.offer("b") == "<p>b</p>\n"

@@ -9,7 +9,7 @@ import { h, showChildren } from "./dom.js";
 import { t } from "./i18n.js";
 import { htmlOf, keepHtml, renderAll } from "./markdown.js";
 import { messageElement } from "./message.js";
-import { modelSelect, needModels, preferred } from "./models.js";
+import { modelSelect, needModels } from "./models.js";
 import { samplingPanel } from "./panel.js";
 import { problem } from "./parts.js";
 import { areRanked, rankQuestion } from "./ranking.js";
@@ -89,7 +89,7 @@ class Chat {
     this.conversation = conversation;
     this.rankings = rankings;
     this.messages = new Map(messages.map((one) => [one.id, one]));
-    this.models.set(conversation.model || preferred());
+    this.models.set(conversation.model);
     this.panel.open(conversation);
     return this.draw({ end: true });
   }
@@ -98,7 +98,8 @@ class Chat {
   async change(changes) {
     if (!this.conversation) return;
     try {
-      Object.assign(this.conversation, await api(`/api/conversations/${this.id}`, { method: "PATCH", body: changes }));
+      const told = await api(`/api/conversations/${this.id}`, { method: "PATCH", body: changes });
+      Object.assign(this.conversation, told, { tip: this.conversation.tip }); // what is looked at is known here first
     } catch (failure) {
       tellFailure(failure);
     }
@@ -163,7 +164,7 @@ class Chat {
     if (failure) this.failed = { parent, live, failure };
     if (message) {
       keepHtml(message, html);
-      this.add(message);
+      this.add({ ...message, forgotten: live.forgotten });
     }
     this.announcer.textContent = message?.content ?? failure?.message ?? "";
     this.draw();

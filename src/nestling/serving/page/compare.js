@@ -6,10 +6,14 @@ import { composer } from "./composer.js";
 import { tellFailure } from "./dialog.js";
 import { h } from "./dom.js";
 import { t } from "./i18n.js";
+import { icon } from "./icons.js";
 import { chatModels, modelSelect, needModels } from "./models.js";
 import { samplingPanel } from "./panel.js";
 import { problem } from "./parts.js";
 import { Round } from "./round.js";
+
+/** Rounds by comparison that are being written: they go on while the person looks at something else. */
+const unfinished = new Map();
 
 /** Show the comparisons of a conversation, or begin new ones for "". Returns what ends the view. */
 export function show(element, id, header) {
@@ -21,14 +25,16 @@ export function show(element, id, header) {
 class Compare {
   constructor(element, header) {
     this.conversation = null;
+    this.parent = null; // the reply from which the first comparison goes on
     this.rounds = [];
     const choice = (place) =>
       modelSelect({ label: t("compare_model", { n: place + 1 }), testid: `compare-model-${place}`, auto: false });
     this.choices = [choice(0), choice(1)];
     this.panel = samplingPanel({ changed: ({ system, sampling, tools }) => this.change({ system, sampling, tools }) });
-    const fresh = h("a", { class: "button quiet", href: "#/compare", text: t("compare_new"), testid: "compare-new" });
+    const fresh = h("a", { class: "button quiet", href: "#/compare", title: t("compare_new"), testid: "compare-new" },
+      icon("plus"), h("span", { class: "wide-only", text: t("compare_new") }));
     fresh.addEventListener("click", () => { if (location.hash === "#/compare") this.open(""); });
-    const against = h("span", { class: "muted", text: t("compare_against") });
+    const against = h("span", { class: "muted wide-only", text: t("compare_against") });
     header.append(this.choices[0].element, against, this.choices[1].element, h("span", { class: "grow" }), fresh,
       this.panel.toggle);
     const submit = (text) => this.ask(text);
@@ -49,7 +55,6 @@ class Compare {
   }
 
   leave() {
-    this.stop();
     this.ends.forEach((end) => end());
   }
 
@@ -65,6 +70,7 @@ class Compare {
     this.composer.open(`compare.${id}`);
     this.rounds = [];
     this.conversation = null;
+    this.parent = null;
     this.panel.open(null);
     try {
       if (id) await this.take(await api(`/api/conversations/${id}`));
@@ -79,14 +85,17 @@ class Compare {
     this.conversation = conversation;
     this.panel.open(conversation);
     const known = new Map(messages.map((one) => [one.id, one]));
+    const tip = known.get(conversation.tip);
+    this.parent = tip?.role === "assistant" && !tip.blind ? tip.id : null;
     this.rounds = comparisons.map((one) => this.round(one, known.get(one.parent), known));
-    await Promise.all(this.rounds.map((round) => round.load()));
+    await Promise.all(this.rounds.map((round) => (round.isWriting ? null : round.load())));
   }
 
   round(comparison, question, known = new Map()) {
-    const changed = () => this.note();
-    const grown = () => this.follow();
-    return new Round({ comparison, question, known, changed, grown });
+    const round = unfinished.get(comparison.id) ?? new Round({ comparison, question, known });
+    round.changed = () => this.note();
+    round.grown = () => this.follow();
+    return round;
   }
 
   draw() {
@@ -116,7 +125,7 @@ class Compare {
     await this.panel.flush();
     await this.ensure();
     const path = `/api/conversations/${this.conversation.id}`;
-    const parent = this.rounds.at(-1)?.chosen ?? null;
+    const parent = this.rounds.at(-1)?.chosen ?? this.parent;
     const question = await api(`${path}/messages`, { method: "POST", body: { content: text, parent } });
     const candidates = this.choices.map((one) => ({ model: one.value(), sampling: this.sampling() }));
     const comparison = await api(`${path}/comparisons`, { method: "POST", body: { parent: question.id, candidates } });
@@ -124,7 +133,8 @@ class Compare {
     this.rounds.push(round);
     this.draw();
     emit("conversations");
-    round.write();
+    unfinished.set(comparison.id, round);
+    round.write().finally(() => unfinished.delete(comparison.id));
     this.note();
   }
 

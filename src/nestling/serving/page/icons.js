@@ -2,6 +2,7 @@
 
 import { svg } from "./dom.js";
 
+/** A path that begins with ! is filled. */
 const PATHS = {
   plus: ["M12 5v14", "M5 12h14"],
   search: ["M11 4a7 7 0 1 0 0 14a7 7 0 0 0 0-14", "M16.2 16.2L20 20"],
@@ -31,13 +32,13 @@ const PATHS = {
   sun: ["M12 8a4 4 0 1 0 0 8a4 4 0 0 0 0-8",
     "M12 3v2", "M12 19v2", "M3 12h2", "M19 12h2", "M5.6 5.6L7 7", "M17 17l1.4 1.4", "M18.4 5.6L17 7", "M7 17l-1.4 1.4"],
   moon: ["M19.5 14.5A8 8 0 1 1 9.5 4.5a6.5 6.5 0 0 0 10 10z"],
-  half: ["M12 4a8 8 0 1 0 0 16a8 8 0 0 0 0-16", "M12 4v16", "M12 8l5-1.5", "M12 12h8", "M12 16l5 1.5"],
+  half: ["M12 4a8 8 0 1 0 0 16a8 8 0 0 0 0-16", "!M12 4a8 8 0 0 1 0 16z"],
   language: ["M12 4a8 8 0 1 0 0 16a8 8 0 0 0 0-16", "M4 12h16", "M12 4c3 2.5 3 13.5 0 16", "M12 4c-3 2.5-3 13.5 0 16"],
   key: ["M8 11a4 4 0 1 0 0 8a4 4 0 0 0 0-8", "M11 12.5L19.5 4", "M16 7.5l2.5 2.5"],
 };
 
 /** A picture that says nothing by itself: its button has a label. */
 export function icon(name) {
-  const paths = PATHS[name].map((d) => svg("path", { d }));
+  const paths = PATHS[name].map((d) => svg("path", d.startsWith("!") ? { d: d.slice(1), fill: "currentcolor" } : { d }));
   return svg("svg", { class: "icon", viewBox: "0 0 24 24", "aria-hidden": "true" }, ...paths);
 }

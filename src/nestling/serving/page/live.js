@@ -37,10 +37,11 @@ export class Live {
     const act = { start: this.start, thinking: this.think, text: this.write, html: this.render, call: this.call,
       result: this.result }[event.type];
     act?.call(this, event);
-    this.element.dispatchEvent(new CustomEvent("grown", { bubbles: true }));
+    this.body.dispatchEvent(new CustomEvent("grown", { bubbles: true }));
   }
 
   start({ forgotten }) {
+    this.forgotten = forgotten;
     if (forgotten) this.body.prepend(notice(t("forgotten", { n: forgotten })));
   }
 

@@ -29,10 +29,10 @@ async function start() {
   const list = conversationList();
   const sidebar = makeSidebar(list);
   bar = h("div", { class: "bar-content" });
-  const header = h("header", { class: "bar" }, drawerButton("menu", t("menu_open"), "menu-open", true), bar);
+  const top = h("header", { class: "bar" }, drawerButton("menu", t("menu_open"), "menu-open", true), bar);
   main = h("main", { tabindex: "-1" });
   const shade = h("div", { class: "shade", on: { click: () => drawer(false) } });
-  document.body.append(sidebar, shade, h("div", { class: "page" }, header, main));
+  document.body.append(sidebar, shade, h("div", { class: "page" }, top, main));
   addEventListener("hashchange", route);
   addEventListener("keydown", (event) => {
     if (event.key.toLowerCase() !== "k" || !(event.ctrlKey || event.metaKey)) return;
@@ -56,12 +56,15 @@ async function route() {
   document.querySelectorAll("[data-view]").forEach((link) => {
     link.setAttribute("aria-current", link.dataset.view === view ? "page" : "false");
   });
+  main.setAttribute("aria-label", t(`nav_${view}`));
   document.title = view === "chat" ? "Nestling" : `${t(`nav_${view}`)} · Nestling`;
+  // A view that arrives after another was asked for fills elements that nobody sees.
   const element = h("section", { class: "view", data: { view } });
-  bar.replaceChildren();
+  const header = h("div", { class: "bar-content" });
+  bar.replaceChildren(header);
   main.replaceChildren(element);
   try {
-    const end = await VIEWS[view](element, id, bar);
+    const end = await VIEWS[view](element, id, header);
     if (element.isConnected) leave = end ?? null;
     else end?.();
   } catch (failure) {

@@ -60,26 +60,30 @@ function describe(name) {
  */
 export function modelSelect({ label, testid, auto = true, changed = () => {} }) {
   const select = h("select", { class: "model", "aria-label": label, testid });
-  const fill = () => {
-    const value = select.value || preferred();
-    select.replaceChildren(...chatModels({ auto }).map(option));
-    select.value = value;
-    if (select.selectedIndex < 0) select.selectedIndex = 0;
+  let wanted = ""; // may be set before the models are known, and may not be served any more
+  const choose = () => {
+    for (const name of [wanted, preferred(), chatModels({ auto })[0]?.id]) {
+      select.value = name ?? "";
+      if (select.selectedIndex >= 0) break;
+    }
     select.title = describe(select.value);
+  };
+  const fill = () => {
+    select.replaceChildren(...chatModels({ auto }).map(option));
+    choose();
   };
   select.addEventListener("change", () => {
-    select.title = describe(select.value);
-    if (auto) localStorage.setItem(KEPT, select.value);
-    changed(select.value);
+    wanted = select.value;
+    select.title = describe(wanted);
+    if (auto) localStorage.setItem(KEPT, wanted);
+    changed(wanted);
   });
-  const end = on("models", fill);
-  fill();
   const set = (name) => {
-    select.value = name;
-    if (select.selectedIndex < 0) select.value = preferred();
-    select.title = describe(select.value);
+    wanted = name;
+    choose();
   };
-  return { element: select, value: () => select.value, set, end };
+  fill();
+  return { element: select, value: () => select.value, set, end: on("models", fill) };
 }
 
 function option(model) {

@@ -19,7 +19,7 @@ const SLIDERS = {
 const NUMBERS = {
   top_k: { min: 0, hint: "off" },
   max_tokens: { min: 1, hint: "as_fits" },
-  seed: { min: 0, hint: "random" },
+  seed: { min: 0, max: Number.MAX_SAFE_INTEGER, hint: "random" },
 };
 const ORDER = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "repetition_penalty",
   "presence_penalty", "frequency_penalty"];
@@ -71,7 +71,8 @@ export function samplingPanel({ changed }) {
     timer = setTimeout(flush, WAIT);
   };
   const mark = () => {
-    const differs = settings.system || settings.effort || settings.tools || Object.keys(settings.sampling).length;
+    const lacksTools = chosenTools(settings).length < toolNames().length;
+    const differs = settings.system || settings.effort || lacksTools || Object.keys(settings.sampling).length;
     toggle.classList.toggle("marked", Boolean(differs));
   };
   const draw = () => {
@@ -133,8 +134,8 @@ function slider(name, value, set) {
 }
 
 function number(name, value, set) {
-  const { min, hint } = NUMBERS[name];
-  const input = h("input", { type: "number", min, step: 1, placeholder: t(hint), testid: `field-${name}` });
+  const { hint, ...bounds } = NUMBERS[name];
+  const input = h("input", { type: "number", ...bounds, step: 1, placeholder: t(hint), testid: `field-${name}` });
   input.value = value ?? "";
   input.addEventListener("input", () => {
     if (input.validity.valid) set(name, input.value === "" ? null : Number(input.value));

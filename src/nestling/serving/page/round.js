@@ -14,10 +14,16 @@ const SIDES = ["a", "b"];
 const CHOICES = ["a", "b", "tie", "both_bad"];
 const STORED = { tries: 20, wait: 150 };
 
-/** comparison, question: as stored; known: messages by id; changed(): its state has; grown(): so has its text. */
+/**
+ * comparison and question as stored, known messages by id.
+ *
+ * The view that shows it is told by changed() when its state has changed, by grown() when its text has.
+ */
 export class Round {
-  constructor({ comparison, question, known, changed, grown }) {
-    Object.assign(this, { comparison, changed, grown });
+  constructor({ comparison, question, known }) {
+    this.comparison = comparison;
+    this.changed = () => {};
+    this.grown = () => {};
     this.messages = { a: known.get(comparison.a), b: known.get(comparison.b) };
     this.writing = {}; // side -> AbortController
     this.columns = Object.fromEntries(SIDES.map((side) => [side, this.column(side)]));
@@ -62,7 +68,7 @@ export class Round {
   async writeSide(side) {
     const live = new Live();
     this.columns[side].body.replaceChildren(live.body);
-    live.element.addEventListener("grown", this.grown);
+    live.body.addEventListener("grown", () => this.grown());
     this.writing[side] = new AbortController();
     this.columns[side].element.setAttribute("aria-busy", "true");
     this.changed();

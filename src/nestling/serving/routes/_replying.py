@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ Keep = Callable[[Written], MessageRecord]
 """Puts a reply into the store; called in a thread."""
 DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_logprobs": 5}
 """What a conversation samples with unless it says otherwise."""
+SEED_BITS = 53
+"""Of a seed that is drawn: as many as a number in JavaScript holds exactly, so that the one the page tells is the one."""
 ROOM = 4
 """One part in so many of the context is kept free for the reply; older messages are forgotten for it."""
 
@@ -83,11 +86,13 @@ class Wish:
         starts = [place for place, message in enumerate(self.path) if message.role == "user"]
         context = self.served.context
         room = context - min(self.question.sampling.max_tokens, context // ROOM)
-        for start in starts:
-            asked = replace(self.question, messages=self._messages(start))
-            if len(asked.prompt(self.served)) <= room or start == starts[-1]:
-                break
-        return Answer(self.served, asked), start
+        # The later a prompt begins, the shorter it is: a long conversation is rendered a few times, not once per message.
+        fits = bisect_left(starts, True, key=lambda start: len(self._asked(start).prompt(self.served)) <= room)
+        start = starts[min(fits, len(starts) - 1)]
+        return Answer(self.served, self._asked(start)), start
+
+    def _asked(self, start: int) -> Question:
+        return replace(self.question, messages=self._messages(start))
 
     def _messages(self, start: int) -> tuple[Message, ...]:
         system = (Message(role="system", content=self.system),) if self.system else ()
@@ -108,13 +113,13 @@ async def wish_for(request: Request, store: Store, id: str, body: ReplyRequest) 
     if not path or path[-1].role != "user":
         raise UserError("there is no message of the user's to answer", where="parent", fix="ask something first")
     models: Models = request.app.state.models
-    name = body.model or conversation.model or next(iter(models)).name
+    name = body.model or conversation.model or models.default.name
     said = [message for record in path for message in record.messages()]
     chosen = choose(request.app.state, name, said)
     panel = _panel(conversation.sampling, body.sampling)
     settings: ServeSettings = request.app.state.settings
     question = Question(
-        (), _sampling(chosen.served, panel), seed=secrets.randbits(62) if panel.seed is None else panel.seed,
+        (), _sampling(chosen.served, panel), seed=secrets.randbits(SEED_BITS) if panel.seed is None else panel.seed,
         offer=_offer(chosen.served, conversation.tools if body.tools is None else body.tools),
         effort=body.reasoning_effort, rounds=settings.tool_rounds, tool_seconds=settings.tool_seconds,
         opens_thought=settings.opens_thought,
@@ -189,7 +194,7 @@ def tell(request: Request, store: Store, begun: Begun, keep: Keep, *, blind: boo
             raise answer_for(error) from error
         return message
 
-    telling = Telling(begun, keep_all, request.state.record, blind=blind)
+    telling = Telling(begun, keep_all, request.state.record, request.app.state.progressive, blind=blind)
     return EventStream(telling.events(), stall_seconds=request.app.state.settings.stall_seconds)
 
 
@@ -203,14 +208,15 @@ class Telling:
     """One reply while it is told; what has been written is stored however it ends.
 
     Args:
+        progressive: renders the reply while it grows.
         blind: who answers is not told.
     """
 
-    def __init__(self, begun: Begun, keep: Keep, record: Record, *, blind: bool) -> None:
+    def __init__(self, begun: Begun, keep: Keep, record: Record, progressive: Progressive, *, blind: bool) -> None:
         self._wish, self._answer, self._forgotten = begun.wish, begun.answer, begun.forgotten
         self._keep, self._record, self._blind = keep, record, blind
         self._text, self._thought = "", ""
-        self._page = Progressive()
+        self._progressive = progressive
         self._tokens: list[TokenRecord] = []
         self._started = time.perf_counter()
         self._first: float | None = None
@@ -225,8 +231,10 @@ class Telling:
             async with aclosing(self._answer.__aiter__()) as batches:
                 async for deltas in batches:
                     self._note_first()
-                    yield [self._event(delta) for delta in deltas]
-                    if html := await asyncio.to_thread(self._page.offer, self._text):
+                    events = [self._event(delta) for delta in deltas]
+                    yield events
+                    has_text = any(event["type"] == "text" for event in events)
+                    if has_text and (html := await asyncio.to_thread(self._progressive.offer, self._text)):
                         yield [{"type": "html", "html": html}]
         finally:
             self._tell_record()

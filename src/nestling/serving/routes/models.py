@@ -16,7 +16,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     """The models, the default first, and "auto" where a router chooses among them."""
     models: Models = request.app.state.models
     entries = [_entry(one) for one in models]
-    if request.app.state.router is not None:
+    if entries and request.app.state.router is not None:
         entries.append({"id": AUTO, "object": "model", "created": entries[0]["created"], "owned_by": "nestling"})
     return {"object": "list", "data": entries}
 

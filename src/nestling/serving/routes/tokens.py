@@ -39,4 +39,4 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any
 def _served(request: Request, name: str | None) -> Served:
     """The model of that name; without a name the default one."""
     models: Models = request.app.state.models
-    return next(iter(models)) if name is None else models.get(name)
+    return models.default if name is None else models.get(name)

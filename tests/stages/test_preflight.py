@@ -1,0 +1,133 @@
+"""Before a run and before a stage's first step: what is said, what is refused, and that the advice is true.
+
+The limits are real: a process of its own gets an address space that is too small (ulimit), and trains in it.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestling.core import pipeline
+from nestling.core.metrics import read_metrics
+from nestling.core.recipe import load_recipe
+from nestling.core.runtime import detect
+from nestling.core.storage import read_json
+from nestling.stages._preflight import announce, disk_of, memory_of, planned
+
+TINY = Path(__file__).with_name("tiny.yaml")
+LARGE = (
+    "pretrain.model={d_model: 128, n_layers: 8, n_heads: 4}",
+    "pretrain.context=256",
+    "pretrain.batch_rows=32",
+    "pretrain.training.steps=2",
+    "pretrain.training.validate_every=0",
+    "pretrain.training.optimizer=adamw",
+    "pretrain.objective.validation_batches=1",
+    "pretrain.samples=[]",
+)
+CHILD = """
+import resource, sys
+from pathlib import Path
+from nestling.core import pipeline
+from nestling.core.errors import UserError
+from nestling.core.recipe import load_recipe
+from nestling.core.runtime import detect
+from nestling.planning.machine import proc_numbers
+import nestling.stages.pretrain, torch._dynamo, torch._subclasses.fake_tensor
+out, room, *settings = sys.argv[1:]
+torch.set_num_threads(1)
+limit = proc_numbers(Path("/proc/self/status"))["VmData"] + int(room)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    pipeline.run(load_recipe(Path({recipe!r}), settings), Path(out), detect("cpu", "fp32", 1), "pretrain", quiet=True)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the tokens."""
+    out = tmp_path_factory.mktemp("data") / "run"
+    pipeline.run(load_recipe(TINY, LARGE), out, detect("cpu", "fp32", 1), "ngram", quiet=True)
+    return out
+
+
+def within(room: float, out: Path, *settings: str) -> str:
+    """Pre-train in a process that may take so many MB more; what it was refused with, or nothing."""
+    words = [sys.executable, "-c", CHILD.replace("{recipe!r}", repr(str(TINY))), str(out), str(int(room * 1e6))]
+    done = subprocess.run([*words, *LARGE, *settings], capture_output=True, text=True, check=False)
+    return done.stderr.strip() if done.returncode else ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are read from /proc")
+def test_what_does_not_fit_is_refused_before_the_first_step_and_the_advice_helps(data: Path) -> None:
+    refused = within(250, data)
+    found = re.match(
+        r"pretrain: a step takes about ([\d.]+) GB more memory \(weights .*activations .*\), and ([\d.]+) GB of [\d.]+ GB that "
+        r"RLIMIT_DATA allows is free; set (objective\.microbatches=\d+) \(([\d.]+) GB\) or .*; training\.ignore_memory=true",
+        refused,
+    )
+    assert found, refused
+    assert float(found[1]) > float(found[2]) >= float(found[4])
+    assert not (data / "pretrain" / "metrics.jsonl").exists(), "not a step was taken"
+    assert (data / "ngram" / "stage.json").exists(), "nothing was lost"
+    assert "can't allocate memory" in within(250, data, "pretrain.training.ignore_memory=true")
+    assert within(250, data, "pretrain.training.recompute=blocks", f"pretrain.{found[3]}") == ""
+    report = read_json(data / "pretrain" / "stage.json")["report"]
+    assert report["steps"] == 2
+    assert report["peak_memory_gb"] < report["predicted_memory_gb"] * 1.15
+
+
+def test_both_peaks_stand_in_the_rows_and_in_the_report(data: Path, tmp_path: Path) -> None:
+    settings = ["pretrain.training.steps=2", "pretrain.samples=[]"]
+    pipeline.run(load_recipe(TINY, settings), tmp_path, detect("cpu", "fp32", 1), "pretrain", quiet=True)
+    last = read_metrics(tmp_path / "pretrain" / "metrics.jsonl")[-1]
+    report = read_json(tmp_path / "pretrain" / "stage.json")["report"]
+    assert report["peak_memory_gb"] == round(last["peak_memory"] / 1e9, 3)
+    assert report["predicted_memory_gb"] == pytest.approx(report["peak_memory_gb"], rel=0.15)
+    assert last["peak_memory"] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_plan_knows_every_model_before_there_is_one(tmp_path: Path) -> None:
+    ahead = planned(pipeline.plan(load_recipe(TINY), tmp_path), tmp_path)
+    work = {one.stage.spec.name: one.work for one in ahead}
+    trained = {name for name, found in work.items() if found}
+    assert trained == {"pretrain", "sft", "reward", "ppo"}
+    pretrain, sft, ppo = work["pretrain"], work["sft"], work["ppo"]
+    assert pretrain is not None
+    assert sft is not None
+    assert ppo is not None
+    assert pretrain.models[0].vocab_size == 512
+    assert sft.models[0].vocab_size == 512 + 7
+    assert (pretrain.tokens, pretrain.rows) == (8 * 4 * 384, 4)
+    assert len(ppo.models) == 2
+    runtime = detect("cpu", "fp32")
+    sizes = {one.stage.spec.name: (memory_of(one, runtime).peak, disk_of(one, runtime)) for one in ahead if one.work}
+    assert all(memory > 0 and disk > 0 for memory, disk in sizes.values())
+
+
+def test_a_run_is_announced_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    announce(pipeline.plan(load_recipe(TINY), tmp_path), tmp_path, detect("cpu", "fp32", 1))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[machine] cpu, float32, 1 threads · ")
+    assert re.search(r"takes the most memory, (about|at most) [\d.]+ GB of [\d.]+ GB free · checkpoints [\d.]+ GB of \d+ GB", line)
+    assert "min of training" not in line  # nothing of this run was timed
+
+
+def test_finished_stages_tell_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["pretrain.training.steps=2", "pretrain.samples=[]", "sft.training.steps=6000"]
+    runtime = detect("cpu", "fp32", 1)
+    recipe: Any = load_recipe(TINY, settings)
+    pipeline.run(recipe, tmp_path, runtime, "pretrain", quiet=True)
+    announce(pipeline.plan(recipe, tmp_path), tmp_path, runtime)
+    found = re.search(r"about (\d+) min of training", capsys.readouterr().err)
+    assert found
+    assert int(found[1]) > 0
