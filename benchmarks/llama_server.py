@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import openai
-from serving import free_port, server
 
 from nestling.core.types import Conversation
 from nestling.evaluation.agreement import conversations, prompt_ids
@@ -24,6 +23,7 @@ from nestling.model import checkpoint
 from nestling.model.gguf import export_gguf
 from nestling.model.locate import checkpoint_folder
 from nestling.tokenizer.special import CALL_START
+from serving import free_port, server
 
 PLAIN = {"repeat_penalty": 1.0}  # the Python package's server has 1.1
 

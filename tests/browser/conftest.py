@@ -41,7 +41,7 @@ FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 PATIENCE = 10_000
 """Milliseconds that the page is given before a test fails."""
 
-LONG = " ".join("one two three four five six seven eight nine ten eleven twelve".split() * 4)
+LONG = ("one two three four five six seven eight nine ten eleven twelve " * 4).strip()
 CODE = "So:\n\n```python\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | **2** |"
 ATTACK = '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script> [x](javascript:window.hurt=1)'
 LINES = {
@@ -59,8 +59,23 @@ SYSTEM, IN_ROLE = "You are a cat.", "Meow!"
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    texts = [*LINES, *LINES.values(), SYSTEM, IN_ROLE, "It is 5.", "Think.", "easy", "Done.", "system user assistant tool"]
-    texts += ['{"name": "calculator", "arguments": {"expression": "2 + 3"}}', "Tools: calculator", "And now?", "Now too."]
+    texts = [
+        *LINES,
+        *LINES.values(),
+        SYSTEM,
+        IN_ROLE,
+        "It is 5.",
+        "Think.",
+        "easy",
+        "Done.",
+        "system user assistant tool",
+    ]
+    texts += [
+        '{"name": "calculator", "arguments": {"expression": "2 + 3"}}',
+        "Tools: calculator",
+        "And now?",
+        "Now too.",
+    ]
     return Tokenizer.train(texts * 3, vocab_size=420).with_special(CHAT)
 
 
@@ -73,7 +88,9 @@ def lessons(tokenizer: Tokenizer) -> list[list[int]]:
     hello = [say("user", "Hello!"), say("assistant", LINES["Hello!"])]
     talks.append(talk(*hello, say("user", "And now?"), say("assistant", "Now too.")))
     asked = say("user", "What is 2 + 3?")
-    talks.append(talk(asked, say("assistant", "", CALL), say("tool", "5"), say("assistant", "It is 5."), tools=("calculator",)))
+    talks.append(
+        talk(asked, say("assistant", "", CALL), say("tool", "5"), say("assistant", "It is 5."), tools=("calculator",))
+    )
     opened = render(tokenizer, [say("user", "Think.")], prompt=True).ids
     thought = [tokenizer.id(THINK_START), *tokenizer.encode("easy"), tokenizer.id(THINK_END)]
     talks.append([*opened, *thought, *tokenizer.encode("Done."), tokenizer.id(TURN_END)])
@@ -181,7 +198,9 @@ def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
 class _desk(ExitStack):
     """Service, browser profile and page; what the page did is judged when the test has passed."""
 
-    def __init__(self, browser: Browser, model: Decoder, tokenizer: Tokenizer, folder: Path, wishes: dict[str, Any]) -> None:
+    def __init__(
+        self, browser: Browser, model: Decoder, tokenizer: Tokenizer, folder: Path, wishes: dict[str, Any]
+    ) -> None:
         super().__init__()
         self._browser, self._wishes = browser, dict(wishes)
         self._made = (model, tokenizer, folder)

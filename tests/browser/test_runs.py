@@ -22,7 +22,9 @@ def folder(tmp_path: Path) -> Path:
     stages = [{"name": name, "stage": name, "settings": {"training": {"steps": 9}}} for name in STAGES]
     write_json(run / "recipe.json", {"name": "toy", "description": "A toy <b>run</b>.", "seed": 7, "stages": stages})
     write_json(run / DIARY, {"keys": dict.fromkeys(STAGES, "k"), "state": "running"})
-    write_json(run / "corpus" / "stage.json", {"key": "k", "seconds": 2.5, "settings": {"bytes": 10}, "report": {"rows": 3}})
+    write_json(
+        run / "corpus" / "stage.json", {"key": "k", "seconds": 2.5, "settings": {"bytes": 10}, "report": {"rows": 3}}
+    )
     return run
 
 
@@ -57,13 +59,17 @@ def test_a_run_is_watched(sit, folder):
         expect(desk.get("curve", title="odd figure")).to_be_hidden()
         log(folder, "pretrain", [{"step": 6, "prompt": "Once <i>upon", "text": " a time"}], "samples")
         expect(desk.get("sample")).to_have_text("Once <i>upon a time")
-        write_json(folder / "pretrain" / "stage.json", {"key": "k", "seconds": 6, "settings": {}, "report": {"loss": 0.6}})
+        write_json(
+            folder / "pretrain" / "stage.json", {"key": "k", "seconds": 6, "settings": {}, "report": {"loss": 0.6}}
+        )
         log(folder, "ppo", [{"step": n, "proxy_reward": n, "true_reward": 1.0, "kl": 0.1 * n} for n in (1, 2)])
         expect(desk.get("curve", title="Reward")).to_contain_text("learnt reward")
         expect(desk.get("stage-tab", name="ppo")).to_be_checked()
         desk.get("stage-tab", name="pretrain").check(force=True)
         expect(loss).to_contain_text("step 6")
-        write_json(folder / DIARY, {"keys": dict.fromkeys(STAGES, "k"), "state": "failed", "error": "ppo: <b>no</b> memory"})
+        write_json(
+            folder / DIARY, {"keys": dict.fromkeys(STAGES, "k"), "state": "failed", "error": "ppo: <b>no</b> memory"}
+        )
     expect(desk.get("run-state", state="failed")).to_be_visible()
     expect(desk.get("run-error")).to_have_text("ppo: <b>no</b> memory")
     expect(loss).to_be_visible()
@@ -71,9 +77,13 @@ def test_a_run_is_watched(sit, folder):
 
 def test_the_report_is_shown_when_there_is_one(sit, folder):
     """In a frame that can run nothing; also on a service with keys."""
-    (folder / "report.html").write_text("<h1>Well done</h1><script>parent.hurt = 1; document.body.textContent = ''</script>")
+    (folder / "report.html").write_text(
+        "<h1>Well done</h1><script>parent.hurt = 1; document.body.textContent = ''</script>"
+    )
     desk = sit(runs=Runs(folder.parent), keys=[{"name": "ann", "secret": "a"}])
-    desk.page.add_init_script("try { sessionStorage.setItem('nestling.key', 'a') } catch { /* the report has no storage */ }")
+    desk.page.add_init_script(
+        "try { sessionStorage.setItem('nestling.key', 'a') } catch { /* the report has no storage */ }"
+    )
     desk.open("runs/toy")
     expect(desk.get("run-state", state="stopped")).to_be_visible()
     expect(desk.page.frame_locator("iframe").locator("h1")).to_have_text("Well done")

@@ -28,7 +28,15 @@ def nanogpt(tmp_path: Path) -> Path:
     table = torch.randn(size, width)
     tables = {"transformer.wte": table, "lm_head": table, "transformer.wpe": torch.randn(32, width)}
     state |= norms | {f"_orig_mod.{name}.weight": value for name, value in tables.items()}
-    args = {"n_layer": 1, "n_head": 2, "n_embd": width, "block_size": 32, "bias": False, "vocab_size": size, "dropout": 0.0}
+    args = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": width,
+        "block_size": 32,
+        "bias": False,
+        "vocab_size": size,
+        "dropout": 0.0,
+    }
     folder = tmp_path / "nano"
     folder.mkdir()
     torch.save({"model": state, "model_args": args, "iter_num": 3}, folder / "ckpt.pt")
@@ -57,7 +65,10 @@ def test_an_import_without_tokenizer_is_refused(nestling: CommandLine, nanogpt: 
 @pytest.fixture
 def tuned(nestling: CommandLine, finished: Path, tmp_path: Path) -> Path:
     """The run of the user who gave a recipe a model of another run's, and conversations."""
-    rows = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]} for n in range(40)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
+        for n in range(40)
+    ]
     (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shutil.copytree(finished / "sft" / "model", tmp_path / "given")
     words = ["--model", tmp_path / "given", "--conversations", tmp_path / "talks.jsonl", "--out", tmp_path / "run"]

@@ -82,6 +82,8 @@ def serve() -> None:
         importlib.import_module(f"nestling.cli.{file}")
     for stage in names("stages"):
         find("stages", stage)
+    for late in ("torch._dynamo", "torch._subclasses.fake_tensor", "matplotlib.figure", "matplotlib.backends.backend_svg"):
+        importlib.import_module(late)  # what a run imports on its way, seconds of it
     for line in sys.stdin:
         print(json.dumps(call(json.loads(line))), flush=True)
 

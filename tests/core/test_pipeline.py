@@ -12,7 +12,7 @@ import pytest
 
 from nestling.core import pipeline
 from nestling.core.config import Config
-from nestling.core.errors import UserError
+from nestling.core.errors import Interrupted, UserError
 from nestling.core.recipe import build_recipe, load_recipe
 from nestling.core.runtime import detect
 from nestling.core.storage import FolderLock, read_json
@@ -143,3 +143,30 @@ def test_bad_overrides_are_explained(tmp_path: Path, override: str, message: str
     path.write_text("stages:\n  count: {stage: toy.count}\n")
     with pytest.raises(UserError, match=message):
         load_recipe(path, [override])
+
+
+def test_those_who_look_on_are_told(tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The diary names the stages with their keys and says how it ended; it is hidden, so it is no part of a result."""
+
+    def told() -> tuple[str, str | None]:
+        diary = read_json(tmp_path / pipeline.DIARY)
+        assert list(diary["keys"]) == ["count", "double"]
+        return diary["state"], diary.get("error")
+
+    with pytest.raises(RuntimeError):
+        go(tmp_path, crash=True)
+    assert told() == ("failed", "RuntimeError: power cut")
+    work = sys.modules["toy.double"].run
+
+    def interrupted(settings: Settings, context: pipeline.StageContext) -> dict[str, Any]:
+        assert told() == ("running", None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["toy.double"], "run", interrupted)
+    with pytest.raises(Interrupted):
+        go(tmp_path)
+    assert told() == ("stopped", None)
+    monkeypatch.setattr(sys.modules["toy.double"], "run", work)
+    go(tmp_path)
+    assert told() == ("finished", None)
+    assert read_json(tmp_path / pipeline.DIARY)["keys"]["count"] == read_json(tmp_path / "count" / "stage.json")["key"]

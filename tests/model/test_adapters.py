@@ -125,7 +125,9 @@ def test_gradients_are_those_of_the_formula_and_the_base_has_none() -> None:
 
 def test_dropout_only_while_training() -> None:
     settings = AdapterSettings(rank=4, dropout=0.5)
-    layer = Adapted(nn.Linear(50, 7), torch.randn(4, 50), torch.randn(7, 4), settings.scale(), Adaptation(settings, Path()))
+    layer = Adapted(
+        nn.Linear(50, 7), torch.randn(4, 50), torch.randn(7, 4), settings.scale(), Adaptation(settings, Path())
+    )
     x = torch.randn(3, 50)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
@@ -165,7 +167,9 @@ def test_the_loss_of_a_frozen_output_layer(base: Path, tokens: tuple[int, ...]) 
     def gradients(loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(trained(model).values())))
 
-    wanted = gradients(nn.functional.cross_entropy(model(row).flatten(0, 1), row.roll(-1, 1).flatten(), reduction="sum"))
+    wanted = gradients(
+        nn.functional.cross_entropy(model(row).flatten(0, 1), row.roll(-1, 1).flatten(), reduction="sum")
+    )
     hidden = model.hidden(row)
     summed = weighted_loss_sum(hidden, model.output_weight, row.roll(-1, 1), torch.ones(row.shape), chunk=5)
     each = hidden_logprobs(model.hidden(row), model.output_weight, row.roll(-1, 1), chunk=5)
@@ -240,7 +244,9 @@ def test_peft_computes_what_we_saved(tmp_path: Path, tokenizer: Tokenizer, name:
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @torch.no_grad()
-def test_peft_understands_every_setting(tmp_path: Path, tokenizer: Tokenizer, name: str, settings: dict[str, Any]) -> None:
+def test_peft_understands_every_setting(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, settings: dict[str, Any]
+) -> None:
     base = saved_base(tmp_path / "base", name, tokenizer)
     model = adapted(base, **settings)
     checkpoint.save(tmp_path / "adapter", model, tokenizer)
@@ -258,9 +264,19 @@ def test_peft_understands_every_setting(tmp_path: Path, tokenizer: Tokenizer, na
         ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
         ("gpt2", {"target_modules": ["attn.c_proj", "c_fc"], "fan_in_fan_out": True, "use_rslora": True}),
         ("qwen3", {"target_modules": "all-linear", "lora_dropout": 0.1}),
-        ("llama", {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}, "alpha_pattern": {"q_proj": 3}}),
+        (
+            "llama",
+            {
+                "target_modules": ["q_proj", "down_proj"],
+                "rank_pattern": {"down_proj": 5},
+                "alpha_pattern": {"q_proj": 3},
+            },
+        ),
         ("qwen2", {"target_modules": ["v_proj"], "layers_to_transform": [1], "trainable_token_indices": [4, 9]}),
-        ("mistral", {"target_modules": ["gate_proj"], "trainable_token_indices": {"embed_tokens": [2], "lm_head": [5, 6]}}),
+        (
+            "mistral",
+            {"target_modules": ["gate_proj"], "trainable_token_indices": {"embed_tokens": [2], "lm_head": [5, 6]}},
+        ),
     ],
 )
 @torch.no_grad()
@@ -319,6 +335,9 @@ def spoil(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     base = folder.parent / "base"
     if name == "no base":
         shutil.rmtree(base)
+    elif name == "its own base":
+        (folder / "nestling.json").unlink()
+        rewritten(folder, base_model_name_or_path=".")
     elif name == "another base":
         other = adapted(base)
         checkpoint.save(base, merge(other), tokenizer)
@@ -343,6 +362,7 @@ def spoil(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     ("name", "words"),
     [
         ("no base", "the adapter's base model is not on this machine"),
+        ("its own base", "the adapter's base model is not on this machine"),
         ("another base", "this adapter belongs to another base model"),
         ("another size", "this adapter does not fit its base model"),
         ("another family", "this adapter does not fit its base model"),
@@ -365,7 +385,9 @@ def test_what_is_refused(folder: Path, tokenizer: Tokenizer, name: str, words: s
 
 
 def test_a_target_that_the_model_lacks(base: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"no such layers to adapt \(got 'gate'\); it has down, key, output, query, up, value"):
+    with pytest.raises(
+        UserError, match=r"no such layers to adapt \(got 'gate'\); it has down, key, output, query, up, value"
+    ):
         adapted(saved_base(tmp_path / "gpt2", "gpt2", tokenizer), targets=("query", "gate"))
     with pytest.raises(UserError, match=r"no such layers to adapt \(got 'up'\); it has key, output, query, value"):
         adapted(saved_base(tmp_path / "moe", "qwen3_moe", tokenizer), targets=("up",))

@@ -49,7 +49,9 @@ def ids(vocab: int = VOCAB) -> Tensor:
 
 @torch.no_grad()
 def assert_same(found: checkpoint.Checkpoint, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found.model(ids(wanted.shape[-1])), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+    torch.testing.assert_close(
+        found.model(ids(wanted.shape[-1])), wanted, rtol=0, atol=tolerance * float(wanted.abs().max())
+    )
 
 
 # --- GPT-2 -----------------------------------------------------------------------------------------------------------
@@ -95,7 +97,13 @@ def nanogpt(folder: Path, network: GPT2LMHeadModel, bias: bool = True, **more: A
     args = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": CONTEXT}
     args |= {"bias": bias, "vocab_size": config.vocab_size, "dropout": 0.1}
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
-    saved = {"model": state, "optimizer": optimizer, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.0)}
+    saved = {
+        "model": state,
+        "optimizer": optimizer,
+        "model_args": args,
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(1.0),
+    }
     torch.save({**saved, "config": {"out_dir": "out", "compile": True}, **more}, folder / "ckpt.pt")
 
 
@@ -237,9 +245,17 @@ def binary(state: dict[str, Tensor], version: int, tied: bool, group: int = 16) 
     norms = [*layers["attention_norm"], *layers["ffn_norm"], state["norm.weight"]]
     if version == 0:
         angles = torch.outer(torch.arange(CONTEXT), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
-        parts = [matrices[0], *(t for name in LAYERED for t in layers[name]), state["norm.weight"], angles.cos(), angles.sin()]
+        parts = [
+            matrices[0],
+            *(t for name in LAYERED for t in layers[name]),
+            state["norm.weight"],
+            angles.cos(),
+            angles.sin(),
+        ]
         return struct.pack("7i", *numbers) + floats(parts + ([] if tied else [matrices[-1]]))
-    head = struct.pack("I", 0x616B3432) + struct.pack("i", version) + struct.pack("7i", *numbers) + struct.pack("B", tied)
+    head = (
+        struct.pack("I", 0x616B3432) + struct.pack("i", version) + struct.pack("7i", *numbers) + struct.pack("B", tied)
+    )
     if version == 1:
         return head.ljust(256, b"\0") + floats([*norms, *matrices])
     body = floats(norms)
@@ -278,7 +294,9 @@ def test_llama2c_binary(folder: Path, version: int, tied: bool) -> None:
 def test_llama2c_training_checkpoint_opens_in_transformers(folder: Path, tmp_path: Path) -> None:
     state = {f"_orig_mod.{name}": value for name, value in llama2c_state(tied=True).items()}
     args = {**SIZES, "multiple_of": 16, "dropout": 0.0}
-    torch.save({"model": state, "model_args": args, "iter_num": 1, "config": {}, "best_val_loss": 2.0}, folder / "ckpt.pt")
+    torch.save(
+        {"model": state, "model_args": args, "iter_num": 1, "config": {}, "best_val_loss": 2.0}, folder / "ckpt.pt"
+    )
     found, _ = import_checkpoint(folder)
     wanted = llama2c_forward(llama2c_state(tied=True), ids())
     assert_same(found, wanted)
@@ -307,6 +325,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = chr(int(text[3:5], 16))
         tokens.append((text.encode(), model.get_score(number)))
     (place / "bin").mkdir()
+    (place / "tok300.bin").symlink_to(place / "bin" / "tokenizer.bin")
     with (place / "bin" / "tokenizer.bin").open("wb") as file:
         file.write(struct.pack("I", max(len(raw) for raw, _ in tokens)))
         for raw, score in tokens:
@@ -314,7 +333,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "bin/tokenizer.bin", "bin"])
+@pytest.mark.parametrize("name", ["tokenizer.model", "bin/tokenizer.bin", "bin", "tok300.bin"])
 @pytest.mark.parametrize("text", [TEXT, "a fox\nsaid ☃ twice  é", "\x00\x7f"])
 def test_tokenizers_of_llama2c(pieces: Path, name: str, text: str) -> None:
     """Ids as SentencePiece gives them, from its own file and from llama2.c's copy of it."""

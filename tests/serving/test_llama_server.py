@@ -29,7 +29,8 @@ QUESTIONS = ("Hello!", "Count.", "What is 2 + 3?", "Helo?", "one  two\n\nthree",
 def theirs(model, tokenizer, tmp_path_factory) -> Iterator[openai.OpenAI]:
     """A client of llama.cpp's server."""
     folder: Path = tmp_path_factory.mktemp("gguf")
-    same = build(model.config.model_copy(update={"architecture": "llama"}))  # the graph that computes what the model does
+    config = model.config.model_copy(update={"architecture": "llama"})  # the graph that computes what this model does
+    same = build(config)
     same.load_state_dict(model.state_dict())
     export_gguf(Checkpoint(same.eval(), tokenizer), folder / "tiny.gguf", "f32", name="tiny")
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -56,7 +57,8 @@ def _wait_for(client: openai.OpenAI, process: subprocess.Popen[bytes], log: Path
             client.models.list()
             return
         except openai.APIConnectionError:
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
 
 

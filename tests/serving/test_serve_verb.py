@@ -64,13 +64,13 @@ def test_a_run_is_shown_before_it_has_a_model(tmp_path):
         assert "no model yet" in process.stderr.readline()
         address = re.match(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert address, process.stderr.read()
-        [run] = httpx.get(f"{address[0]}/api/runs").json()["data"]
-        assert (run["name"], run["state"]) == ("early", "stopped")
-        assert httpx.get(f"{address[0]}/v1/models").json()["data"] == []
-        told = httpx.post(f"{address[0]}/tokenize", json={"text": "a"})
-        assert (told.status_code, told.json()["error"]["code"]) == (503, "no_model")
+        told = [httpx.get(f"{address[0]}{path}").json()["data"] for path in ("/api/runs", "/v1/models")]
+        refused = httpx.post(f"{address[0]}/tokenize", json={"prompt": "a"})
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 130
+    assert [(run["name"], run["state"]) for run in told[0]] == [("early", "stopped")]
+    assert told[1] == []
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_model")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, options, m
     Path("keys.txt").write_text("ann\n")
     Path("wrong.yaml").write_text("row: 3\n")
     given = {name: Path(value) if name in ("key_file", "config") else value for name, value in options.items()}
-    models = [name.format(folder=folder) for name in given.pop("models", [str(folder)])]
+    models = [name.format(folder=folder) for name in given.pop("models", [str(folder)]) or []]
     with pytest.raises(UserError, match=message) as caught:
         serve(models, store="none", **given)
     assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ from nestling.model import checkpoint
 from nestling.model.adapters import adaptation, trained
 from nestling.model.locate import checkpoint_folder
 from nestling.objectives import ppo
+from nestling.training.precision import Weights
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 ADAPTERS = "{rank: 4, alpha: 8, dropout: 0.1}"
@@ -26,7 +27,9 @@ ADAPTED = ("sft", "reward", "ppo")
 
 
 def recipe(*overrides: str) -> Recipe:
-    every_step = [f"{stage}.training={{steps: 4, save_every: 0, keep: 9, log_every: 1, compile: off}}" for stage in ADAPTED]
+    every_step = [
+        f"{stage}.training={{steps: 4, save_every: 0, keep: 9, log_every: 1, compile: off}}" for stage in ADAPTED
+    ]
     given = [f"{stage}.adapters={ADAPTERS}" for stage in ADAPTED]
     found = load_recipe(RECIPE, [*every_step, *given, "ppo.training.steps=2", *overrides])
     return found.model_copy(update={"stages": tuple(spec for spec in found.stages if spec.name != "evaluate")})
@@ -66,7 +69,9 @@ def test_the_base_is_the_pretrained_model_with_room_for_chat_tokens(finished: Pa
     old = base.config.vocab_size
     assert grown.config.vocab_size == adapted.config.vocab_size > old
     for name, value in base.state_dict().items():
-        assert torch.equal(value, grown.state_dict()[name][:old] if name == "embedding.weight" else grown.state_dict()[name])
+        assert torch.equal(
+            value, grown.state_dict()[name][:old] if name == "embedding.weight" else grown.state_dict()[name]
+        )
         if name != "embedding.weight":
             assert torch.equal(value, adapted.state_dict()[name])
 
@@ -104,7 +109,12 @@ def test_ppo_shares_the_frozen_weights(finished: Path, tmp_path: Path, monkeypat
 
     def watched(settings, materials, build=ppo.build):
         made = build(settings, materials)
-        sides = {"policy": made.cast.policy, "reference": made.cast.reference, "value": made.value, "reward": made.cast.reward}
+        sides = {
+            "policy": made.cast.policy,
+            "reference": made.cast.reference,
+            "value": made.value,
+            "reward": made.cast.reward,
+        }
         for name, model in sides.items():
             pointers = {p.data_ptr() for p in model.parameters() if not p.requires_grad and p.ndim == 2}
             seen[name] = {pointer for pointer in pointers if pointer}
@@ -123,7 +133,9 @@ def test_ppo_shares_the_frozen_weights(finished: Path, tmp_path: Path, monkeypat
 def test_pretraining_goes_on_with_adapters(finished: Path, tmp_path: Path) -> None:
     out = copy_without(finished, tmp_path / "run", *ADAPTED)
     data = load_recipe(RECIPE).model_dump()
-    stages = {spec["name"]: {"stage": spec["stage"], "reads": spec["reads"], **spec["settings"]} for spec in data["stages"]}
+    stages = {
+        spec["name"]: {"stage": spec["stage"], "reads": spec["reads"], **spec["settings"]} for spec in data["stages"]
+    }
     kept = {name: stages[name] for name in ("corpus", "tokenizer", "tokenize", "ngram", "pretrain")}
     more = {**kept["pretrain"], "reads": {"start": "pretrain"}, "adapters": {"rank": 2}, "sample_every": 0}
     plan = build_recipe({"name": "more", "seed": 3, "stages": {**kept, "more": more}})
@@ -153,6 +165,19 @@ def test_full_training_starts_from_the_merged_model(finished: Path, tmp_path: Pa
     out = copy_without(finished, tmp_path / "run", "reward", "ppo")
     pipeline.run(recipe("reward.adapters=null"), out, detect("cpu", "fp32"), until="reward", quiet=True)
     assert (out / "reward" / "model" / "model.safetensors").exists()
+
+
+def test_frozen_weights_have_no_master(finished: Path) -> None:
+    """No fp32 copy and no optimiser state of what doesn't learn; the tensors themselves are used and left as they are."""
+    model = checkpoint.load(finished / "sft" / "model", dtype=torch.bfloat16, merge=False).model
+    frozen = {name: p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad}
+    weights = Weights({"model": model}, torch.bfloat16)
+    assert weights.masters.keys() == {f"model.{name}" for name in trained(model)}
+    assert {master.dtype for master in weights.masters.values()} == {torch.float32}
+    assert {name: p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    weights.close()
+    assert {name: p.data_ptr() for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert {p.dtype for p in trained(model).values()} == {torch.float32}
 
 
 def test_bf16_keeps_the_base_as_it_is(finished: Path, tmp_path: Path) -> None:

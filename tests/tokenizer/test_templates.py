@@ -305,6 +305,21 @@ def test_blanks_beside_a_token_that_takes_them(tmp_path: Path) -> None:
         assert render(tokenizer, messages).ids == expected(theirs, messages)
 
 
+def test_a_token_may_be_called_like_a_role(tmp_path: Path) -> None:
+    """Then the template writes it, and a user can't."""
+    folder = make(tmp_path, form(GENERATION, [*IM, "user", "content"], eos_token="<|im_end|>"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:  # one of them is a token of the vocabulary, and keeps its id
+        token["id"] = definition["model"]["vocab"].get(token["content"], token["id"])
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert render(tokenizer, TALKS[2]).ids == expected(theirs, TALKS[2])
+    ids = render(tokenizer, [Message(role="user", content="user content")], prompt=True).ids
+    assert ids[:2] == [tokenizer.id("<|im_start|>"), tokenizer.id("user")]
+    assert (ids.count(tokenizer.id("user")), ids.count(tokenizer.id("content"))) == (1, 0)
+    assert tokenizer.decode(ids) == "\nuser content\nassistant\n"
+
+
 def test_added_words_of_the_vocabulary_are_text_unless_the_template_speaks_them(tmp_path: Path) -> None:
     """Gemma's runs of line ends are tokens that stand for themselves; Mistral's [INST] is a mark."""
     model = pieces_model(user_defined_symbols=["\n\n", "<h1>", "[INST]"], add_dummy_prefix=False)

@@ -34,7 +34,9 @@ def import_(
     for remark in read.remarks:
         say(remark)
     spare = config.vocab_size - found.tokenizer.vocab_size
-    say(f"tokenizer of {found.tokenizer.vocab_size:,} ids" + (f"; {spare} rows of the model have none" if spare else ""))
+    say(
+        f"tokenizer of {found.tokenizer.vocab_size:,} ids" + (f"; {spare} rows of the model have none" if spare else "")
+    )
     say(f"wrote {out}")
 
 

@@ -55,7 +55,9 @@ def on_conversations(recipe: Recipe, path: Path) -> Recipe:
         raise UserError("the recipe learns no conversations", where="--conversations")
     sources = [{"source": "files", "settings": {"paths": [str(path)]}}]
     stages = [
-        spec.model_copy(update={"settings": {**spec.settings, "sources": sources}}) if spec.stage == "conversations" else spec
+        spec.model_copy(update={"settings": {**spec.settings, "sources": sources}})
+        if spec.stage == "conversations"
+        else spec
         for spec in recipe.stages
     ]
     return recipe.model_copy(update={"stages": tuple(stages)})

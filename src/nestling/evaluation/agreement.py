@@ -148,6 +148,7 @@ def reference_cases(checkpoint: Checkpoint, asked: Sequence[Conversation], new_t
         UserError: none fits.
     """
     model, stops = checkpoint.model.eval(), checkpoint.tokenizer.stop_ids
+    asked = [_accepted(checkpoint, conversation) for conversation in asked]
     prompts = [(conversation, prompt_ids(checkpoint, conversation)) for conversation in asked]
     prompts = [(conversation, ids) for conversation, ids in prompts if len(ids) + new_tokens <= model.config.context]
     if not prompts:
@@ -161,6 +162,16 @@ def reference_cases(checkpoint: Checkpoint, asked: Sequence[Conversation], new_t
             reply.append(int(logits[-1].argmax()))
         cases.append(Case(conversation, prompt, reply, logits.log_softmax(-1).cpu()))
     return cases
+
+
+def _accepted(checkpoint: Checkpoint, conversation: Conversation) -> Conversation:
+    """The conversation, without a system message where the model's chat template has no form for one."""
+    try:
+        prompt_ids(checkpoint, conversation)
+    except UserError:
+        plain = tuple(message for message in conversation.messages if message.role != "system")
+        return conversation.model_copy(update={"messages": plain})
+    return conversation
 
 
 def compare(reader: Reader, cases: Sequence[Case], new_tokens: int) -> Agreement:

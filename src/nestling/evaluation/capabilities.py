@@ -19,10 +19,9 @@ from nestling.core.errors import UserError
 from nestling.core.intervals import Interval, wilson
 from nestling.core.registry import find
 from nestling.core.types import Message, PromptRow
-from nestling.generation.chat import replies
+from nestling.generation.chat import prompt_ids, replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
-from nestling.tokenizer.conversation import render
 
 Check = Callable[[PromptRow, list[str]], float]
 
@@ -177,7 +176,7 @@ class _Talk:
     def fits(self, engine: Engine) -> bool:
         """Whether the context has room for an answer."""
         row = self.so_far
-        return len(render(engine.tokenizer, row.prompt, row.tools, prompt=True).ids) < engine.capacity
+        return len(prompt_ids(engine.tokenizer, row.prompt, row.tools)) < engine.capacity
 
 
 def _score(check: Check, row: PromptRow, texts: list[str]) -> Sample:

@@ -154,7 +154,7 @@ class _Vocabulary:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._encode = tokenizer.encode
+        self._tokenizer = tokenizer
         names = {number: name for name, number in tokenizer.special.items() if name not in (PAD, TURN_START)}
         size = tokenizer.vocab_size
         self.eos_token_id = size
@@ -163,7 +163,10 @@ class _Vocabulary:
         self.tokens.append(b"<end>")
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode())
+        """Ids of a part of a text: without the space that SentencePiece's models put before a whole one."""
+        text = text if isinstance(text, str) else text.decode()
+        lead = "\n" if self._tokenizer.strips_first else ""
+        return self._tokenizer.encode(lead + text)[len(self._tokenizer.encode(lead)) :]
 
 
 def _grammar(kind: str, given: Any) -> str:

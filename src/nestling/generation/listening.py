@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from nestling.generation.sequence import Piece
 from nestling.tokenizer.bpe import Tokenizer
@@ -21,12 +22,12 @@ class Listener:
     """Turns the pieces of one reply, tools' answers included, into our form.
 
     Args:
-        tools: names of those on offer; without any nothing is a call.
+        tools: names of those on offer; without any nothing is a call, but blanks before the reply are dropped all the same.
     """
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[str]) -> None:
-        self._tools = () if tokenizer.has_own_form else tuple(tools)
-        self._ends = tokenizer.turn_ends if self._tools else frozenset()
+        self._is_foreign, self._tools = not tokenizer.has_own_form, tuple(tools)
+        self._ends = tokenizer.turn_ends if self._is_foreign else frozenset()
         self._held: list[Piece] = []
         self._is_first = True  # whether nothing has been said in this turn
         self._depth = 0  # inside a call or thought whose tokens say so
@@ -39,7 +40,9 @@ class Listener:
 
     def read(self, pieces: Iterable[Piece]) -> list[Piece]:
         """What can be told after some more pieces."""
-        return [told for piece in pieces for told in (self._one(piece) if self._tools else [piece])]
+        if not self._is_foreign:
+            return list(pieces)
+        return [told for piece in pieces for told in self._one(piece)]
 
     def end(self) -> list[Piece]:
         """What was held back, when a turn is over."""
@@ -61,9 +64,12 @@ class Listener:
         if self._depth or (piece.control and piece.text in OWN):
             held, self._held, self._is_first = self._held, [], piece.text == THINK_END
             return [*held, piece]
+        if self._is_first and not self._held and not piece.control:
+            piece = replace(piece, text=piece.text.lstrip())  # templates begin a reply with blanks
+            if not piece.text:
+                return [piece]  # for its tokens
         self._held.append(piece)
-        text = "".join(part.text for part in self._held)
-        if may_call(text, offered=self._is_first):
+        if self._tools and may_call("".join(part.text for part in self._held), offered=self._is_first):
             return []
         held, self._held, self._is_first = self._held, [], False
         return held

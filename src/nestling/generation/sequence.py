@@ -94,10 +94,10 @@ class Piece:
 class Watch:
     """Text as it grows: looks for stop texts, and releases only what can no longer become part of one."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], begins: bool = True) -> None:
         self._tokenizer, self._stops = tokenizer, stops
         self._names = {number: name for name, number in tokenizer.special.items()}
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, begins)
         self._held = ""  # decoded, not released: it may be the beginning of a stop text
         self._logs: deque[tuple[int, TokenLog]] = deque()  # tokens not released, and where in the text each ends
         self.text = ""
@@ -117,7 +117,7 @@ class Watch:
             self._release(min(found), sampled)
             self._held = ""
             self._logs.clear()
-            self._decoder = StreamDecoder(self._tokenizer)
+            self._decoder = StreamDecoder(self._tokenizer, begins=False)
             return True
         self._release(len(self._held) - (self._overlap() if sampled else 0), sampled)
         return False
@@ -198,6 +198,7 @@ class Running:
         self.request, self.tokenizer, self.stop_ids = request, tokenizer, stop_ids
         self.width, self.capacity = width, capacity  # rows of the request, tokens of a row
         self.prompt = list(request.ids)
+        self._begins = self.prompt[-1] in tokenizer.special.values()  # else what is written goes on with a text
         self.sampling = request.sampling
         self.noise = Noise(request.seed)
         self.rows: list[Row] = []
@@ -268,7 +269,7 @@ class Running:
         pieces: list[Piece] = []
         if watch is None:
             stopped = bool(row.ids) and row.sampled[-1] and row.ids[-1] in self.stop_ids
-            text = self.tokenizer.decode(row.ids[:-1] if stopped else row.ids)
+            text = self.tokenizer.decode(row.ids[:-1] if stopped else row.ids, begins=self._begins)
         else:
             watch.flush()
             text, pieces = watch.text, watch.take()
@@ -307,7 +308,7 @@ class Running:
             row.tops += [()] * len(forced)
 
     def _new_watch(self) -> Watch:
-        return Watch(self.tokenizer, self.sampling.stop)
+        return Watch(self.tokenizer, self.sampling.stop, self._begins)
 
     def _read(self, row: Row) -> tuple[Watch, bool]:
         """The text of a row from its beginning, and whether a stop text ends it."""

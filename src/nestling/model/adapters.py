@@ -37,7 +37,9 @@ class AdapterSettings(Config):
     rank: int = Field(16, ge=1, description="Rank r of what is added to each weight.")
     alpha: float = Field(32.0, gt=0, description="What is added is multiplied by alpha / rank.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the adapters.")
-    targets: tuple[Target, ...] = Field((), description="Layers of each block that are adapted; all when none is named.")
+    targets: tuple[Target, ...] = Field(
+        (), description="Layers of each block that are adapted; all when none is named."
+    )
     use_rslora: bool = Field(False, description="Multiply by alpha / sqrt(rank), which suits high ranks.")
 
     def scale(self, rank: int | None = None, alpha: float | None = None) -> float:

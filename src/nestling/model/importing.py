@@ -8,7 +8,7 @@ executing anything in it (`weights_only`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ def _file(path: Path) -> Path:
     if not path.is_dir():
         raise UserError("no such file or folder", where=path)
     known = [path / name for name in USUAL if (path / name).is_file()]
-    others = [file for pattern in ("*.pt", "*.pth", "*.bin") for file in path.glob(pattern) if file.name != "tokenizer.bin"]
+    others = [
+        file for pattern in ("*.pt", "*.pth", "*.bin") for file in path.glob(pattern) if file.name != "tokenizer.bin"
+    ]
     if known or len(others) == 1:
         return (known or others)[0]
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
@@ -118,7 +120,9 @@ def _loaded(file: Path) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except torch.serialization.pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL ([\w.]+)|type ([\w.]+)", str(error))
-        what = f"holds more than tensors and plain values ({reason[1] or reason[2]})" if reason else "can't be read safely"
+        what = (
+            f"holds more than tensors and plain values ({reason[1] or reason[2]})" if reason else "can't be read safely"
+        )
         fix = "save the model's state_dict() alone with torch.save, and import that file"
         raise UserError(what, where=file, fix=fix) from None
     except (OSError, EOFError, RuntimeError) as error:
@@ -144,7 +148,7 @@ def _hugging_face(file: Path, state: Mapping[str, Tensor]) -> Source:
         raise UserError("the number of heads is not known", where=file, value=f"n_embd {width}", fix=fix)
     sizes = {"vocab_size": vocab, "n_positions": context, "n_embd": width, "n_layer": _layers(state)}
     config = {**_gpt2(sizes), "n_head": width // GPT2_HEAD, "activation_function": "gelu_new"}
-    return _with_gpt2_form("GPT-2 weights", config, state, (f"{width // GPT2_HEAD} heads of {GPT2_HEAD}, as in GPT-2",))
+    return _with_gpt2_form("GPT-2 weights", config, state, [f"{width // GPT2_HEAD} heads of {GPT2_HEAD}, as in GPT-2"])
 
 
 def _nanogpt(state: Mapping[str, Tensor], args: Mapping[str, Any], activation: str, file: Path) -> Source:
@@ -156,7 +160,8 @@ def _nanogpt(state: Mapping[str, Tensor], args: Mapping[str, Any], activation: s
     chosen = activation or "gelu"
     config = {**_gpt2({**sizes, "n_positions": args["block_size"]}), "activation_function": chosen}
     config |= {f"{part}_pdrop": args.get("dropout", 0.0) for part in ("attn", "embd", "resid")}
-    remarks = (f"activation {chosen}" + ("" if activation else " (--activation gelu_new for files from before March 2023)"),)
+    older = "" if activation else " (--activation gelu_new for files from before March 2023)"
+    remarks = [f"activation {chosen}{older}"]
     if args.get("bias", True):
         return _with_gpt2_form("nanoGPT checkpoint", config, state, remarks)
     zeros = {
@@ -164,7 +169,7 @@ def _nanogpt(state: Mapping[str, Tensor], args: Mapping[str, Any], activation: s
         for name, value in state.items()
         if name.endswith(".weight") and name.startswith(("h.", "ln_f."))
     }
-    remarks = (*remarks, "it has no biases: they are written as zeros")
+    remarks.append("it has no biases: they are written as zeros")
     return _with_gpt2_form("nanoGPT checkpoint", config, {**zeros, **state}, remarks)
 
 
@@ -173,7 +178,7 @@ def _gpt2(sizes: Mapping[str, int]) -> dict[str, Any]:
     return {**fixed, **sizes, **{f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")}}
 
 
-def _with_gpt2_form(kind: str, config: dict[str, Any], state: Mapping[str, Tensor], remarks: tuple[str, ...]) -> Source:
+def _with_gpt2_form(kind: str, config: dict[str, Any], state: Mapping[str, Tensor], remarks: Sequence[str]) -> Source:
     """Matrices stored [in, out], no masks, an output layer of its own only where it is one."""
     width = config["n_embd"]
     fused = state.get("h.0.attn.c_attn.weight")
@@ -186,7 +191,7 @@ def _with_gpt2_form(kind: str, config: dict[str, Any], state: Mapping[str, Tenso
     tied = head is None or torch.equal(head, state["wte.weight"])
     if not tied and head is not None:
         out["lm_head.weight"] = head
-    return Source(kind, {**config, "tie_word_embeddings": tied}, out, remarks)
+    return Source(kind, {**config, "tie_word_embeddings": tied}, out, tuple(remarks))
 
 
 def _layers(state: Mapping[str, Tensor]) -> int:

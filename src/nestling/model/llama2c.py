@@ -54,7 +54,9 @@ def read_state(state: Mapping[str, Tensor], args: Mapping[str, Any], where: Path
         sizes = {name: int(args[name]) for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len")}
         sizes["hidden_dim"] = len(state["layers.0.feed_forward.w1.weight"])
     except KeyError as error:
-        raise UserError(f"{error} is missing in this llama2.c checkpoint", where=where, fix="import its ckpt.pt") from None
+        raise UserError(
+            f"{error} is missing in this llama2.c checkpoint", where=where, fix="import its ckpt.pt"
+        ) from None
     sizes["n_kv_heads"] = int(args.get("n_kv_heads") or sizes["n_heads"])
     weights = {name.removesuffix(".weight"): value for name, value in state.items() if name not in _TABLES}
     return _as_llama(sizes, weights, args.get("norm_eps", EPS))
@@ -72,7 +74,9 @@ def read_binary(file: Path) -> tuple[int, Llama]:
         version, numbers = 0, list(struct.unpack_from("<7i", data[:HEAD_BYTES].tobytes()))
         tied = numbers[5] > 0
     if version not in VERSIONS:
-        raise UserError("this version of llama2.c's files is not known", where=file, value=version, fix="known are 0, 1, 2")
+        raise UserError(
+            "this version of llama2.c's files is not known", where=file, value=version, fix="known are 0, 1, 2"
+        )
     sizes = dict(zip(SIZES, map(abs, numbers), strict=True))
     if 0 in numbers or sizes["dim"] % sizes["n_heads"] or min(numbers[:5]) < 0 or sizes["n_layers"] > len(data):
         raise UserError("this is no llama2.c checkpoint", where=file, value=numbers, fix="name a .bin or .pt file")
@@ -94,7 +98,9 @@ def _shapes(sizes: Mapping[str, int], version: int, tied: bool) -> dict[str, tup
     special |= dict.fromkeys(_TABLES, (sizes["max_seq_len"], head // 2))
     special |= dict.fromkeys(("attention_norm", "ffn_norm", "norm"), (dim,))
     matrices, norms = [name for name in _PARTS if "norm" not in name], ["attention_norm", "ffn_norm"]
-    order = ["tok_embeddings", *_PARTS, "norm", *_TABLES] if version == 0 else [*norms, "norm", "tok_embeddings", *matrices]
+    order = (
+        ["tok_embeddings", *_PARTS, "norm", *_TABLES] if version == 0 else [*norms, "norm", "tok_embeddings", *matrices]
+    )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in order if tied else [*order, "output"]:
         places = [f"layers.{layer}.{name}" for layer in range(sizes["n_layers"])] if name in _PARTS else [name]

@@ -35,7 +35,14 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 WRITES, SCORES = "CAUSAL_LM", "SEQ_CLS"
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False}
 """Settings of PEFT that we compute only this way, as are those of `ABSENT`, which must not be there."""
-ABSENT = ("target_parameters", "layer_replication", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config")
+ABSENT = (
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_bdlora",
+    "kasa_config",
+    "velora_config",
+)
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
@@ -71,7 +78,8 @@ def base_folder(folder: Path) -> Path:
     places = [folder / known["path"]] if known else []
     places += [Path(named), folder / named] if named else []
     for place in places:
-        if (place / "config.json").exists() or is_adapter(place):
+        is_model = (place / "config.json").exists() or is_adapter(place)
+        if is_model and place.resolve() != folder.resolve():
             if known and known["fingerprint"] != fingerprint(place):
                 fix = "use the very weights that the adapter was trained on"
                 raise UserError("this adapter belongs to another base model", where=folder, value=str(place), fix=fix)
@@ -151,7 +159,8 @@ def write(folder: Path, model: Decoder, origin: Adaptation, score: Tensor | None
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": None if score is None else ["score"],
-        "trainable_token_indices": {name.rsplit(".", 1)[-1]: part.numbers.tolist() for name, part in rows.items()} or None,
+        "trainable_token_indices": {name.rsplit(".", 1)[-1]: part.numbers.tolist() for name, part in rows.items()}
+        or None,
     }
     write_json(folder / CONFIG, config)
 

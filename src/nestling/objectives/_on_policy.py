@@ -34,6 +34,7 @@ from nestling.core.errors import UserError
 from nestling.core.ranks import gather, reader, readers, sum_over_ranks
 from nestling.core.runtime import stream_seed, torch_stream
 from nestling.core.types import Message, PromptRow
+from nestling.generation.chat import prompt_ids
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.loading.batches import TokenBatch
@@ -44,7 +45,7 @@ from nestling.objectives import _returns
 from nestling.objectives._cast import Cast, Verdicts, action_targets, reward_scores, score
 from nestling.objectives._episodes import Episode, collect
 from nestling.objectives._share import fair_share
-from nestling.tokenizer.conversation import render, reply_ids
+from nestling.tokenizer.conversation import reply_ids
 from nestling.training.contract import Objective, Term, Update
 
 
@@ -297,7 +298,7 @@ class OnPolicy(Objective):
     def _closed(self, row: PromptRow, text: str) -> list[int]:
         """Ids of prompt and reply, up to the token that closes it."""
         reply = reply_ids(self.cast.tokenizer, Message(role="assistant", content=text))
-        prompt = render(self.cast.tokenizer, row.prompt, row.tools, prompt=True).ids
+        prompt = prompt_ids(self.cast.tokenizer, row.prompt, row.tools)
         return [*(prompt + reply[:-1])[: self.cast.policy.config.context - 1], self.end]
 
     def state_dict(self) -> dict[str, Any]:

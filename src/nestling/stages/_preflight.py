@@ -30,6 +30,7 @@ from nestling.training.precision import training_dtype
 from nestling.training.settings import TrainSettings
 
 GB = 1e9
+SPARE = 1.3  # how much more than predicted has to be free before memory is wasted on speed
 LOOKED_AT = 4  # batches whose lengths are looked at before the first step
 
 
@@ -177,7 +178,7 @@ class MemoryWatch(Hook):
         launch = launched()
         room = free_memory(runtime.device, launch.local_world if launch and runtime.device.type == "cpu" else 1)
         how = way(settings, runtime)
-        self._lean = room is not None and self._more(work, how) > room.free
+        self._lean = room is not None and SPARE * self._more(work, how) > room.free
         if self._lean:
             how = replace(how, heap=False)
         more = self._more(work, how)
@@ -192,19 +193,19 @@ class MemoryWatch(Hook):
         return work.memory(how, self._counts).peak - self._there
 
     def _remedies(self, work: Work, how: Way, room: Room) -> list[str]:
-        """Settings under which the step fits, the harmless ones first."""
-        fitting = []
+        """Settings under which the step fits: in more pieces, with recomputation, or both."""
         whole = work.sequences if work.packed else 64  # packed rows have to divide, others needn't
+        recomputed, again = replace(how, recompute=True), "training.recompute=blocks"
         pieces = [n for n in (2, 4, 8, 16, 32, 64) if n > work.microbatches and whole % n == 0]
-        choices = [(f"{work.pieces_setting}={n}", work.divided(n), how) for n in pieces]
-        recomputed = replace(how, recompute=True)
-        choices = [*choices, ("training.recompute=blocks", work, recomputed)]
-        choices += [(f"training.recompute=blocks with {label}", smaller, recomputed) for label, smaller, _ in choices[:-1]]
-        for label, other, this_way in choices:
-            needed = self._more(other, this_way)
-            if needed <= room.free:
-                fitting.append(f"{label} ({needed / GB:.2f} GB)")
-        return fitting
+        divided = [(f"{work.pieces_setting}={n}", work.divided(n)) for n in pieces]
+        plain = [(label, other, how) for label, other in divided]
+        mixed = [(again, work, recomputed), *((f"{again} with {label}", other, recomputed) for label, other in divided)]
+        found = []
+        for choices in (plain, mixed):
+            sizes = ((label, self._more(other, this_way)) for label, other, this_way in choices)
+            if fitting := next(((label, size) for label, size in sizes if size <= room.free), None):
+                found.append(f"{fitting[0]} ({fitting[1] / GB:.2f} GB)")
+        return found
 
     def on_start(self, run: Run) -> None:
         """Begin to watch."""
@@ -231,7 +232,7 @@ def _too_large(name: str, memory: Memory, more: int, room: Room, remedies: Seque
     parts |= {"activations": memory.activations, "loss": memory.loss}
     listed = ", ".join(f"{part} {size / GB:.2f}" for part, size in parts.items() if size)
     what = f"a step takes about {more / GB:.2f} GB more memory ({listed}), and {room.free / GB:.2f} GB {room.source} is free"
-    ways = " or ".join(remedies[:2]) or "a smaller batch, a shorter context or a smaller model"
+    ways = " or ".join(remedies) or "a smaller batch, a shorter context or a smaller model"
     fix = f"set {ways}; training.ignore_memory=true starts all the same"
     return UserError(what, where=name, fix=fix)
 

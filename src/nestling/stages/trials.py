@@ -14,7 +14,7 @@ from nestling.core.pipeline import StageContext
 from nestling.core.storage import write_json, write_rows
 from nestling.core.types import PromptRow
 from nestling.evaluation.routing import Candidate, Outcome, Trial
-from nestling.generation.chat import replies
+from nestling.generation.chat import prompt_ids, replies
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
@@ -106,7 +106,7 @@ def _outcomes(
 
 def _spoken(engine: Engine, rows: Sequence[PromptRow], sampling: Sampling, seed: int) -> list[tuple[str, int]]:
     """(answer, tokens that went through the model) of each prompt; tool calls are run on the way."""
-    lengths = [len(render(engine.tokenizer, row.prompt, row.tools, prompt=True).ids) for row in rows]
+    lengths = [len(prompt_ids(engine.tokenizer, row.prompt, row.tools)) for row in rows]
     answers = replies(engine, rows, sampling, seed)
     return [(reply.text, n + len(reply.completion.ids)) for n, reply in zip(lengths, answers, strict=True)]
 

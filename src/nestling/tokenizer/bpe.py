@@ -165,7 +165,7 @@ class Tokenizer:
         """
         named = {
             "eos": TURN_END if self.chat_template == CHAT_TEMPLATE else self.companions.name("eos") or self._name(self._end),
-            "pad": self.companions.name("pad") if self.companions.template else self._name(self.pad_id),
+            "pad": self.companions.name("pad") if self.companions.template else self._name(self.special.get(PAD, self._end)),
         }
         config = {
             **self.companions.config,
@@ -221,13 +221,15 @@ class Tokenizer:
             return b"".join(self._bytes[number] for number in ids)
         return b"".join(self._control.get(number, "").encode() or self._bytes[number] for number in ids)
 
-    def decode(self, ids: Iterable[int], *, control: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, control: bool = False, begins: bool = True) -> str:
         """The text that ids stand for; bytes that are not UTF-8 become U+FFFD.
 
-        Without the space before it that SentencePiece's models add.
+        Args:
+            control: spell control tokens instead of leaving them out.
+            begins: the ids begin a text, so that the space which SentencePiece's models put before one is left out.
         """
         text = self.decode_bytes(ids, control=control).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.strips_first else text
+        return text.removeprefix(" ") if begins and self.strips_first else text
 
     def view(self, text: str | Sequence[int]) -> list[TokenPiece]:
         """Every token of a text (or of ids) with its id and what it stands for."""
@@ -271,24 +273,19 @@ class Tokenizer:
     @property
     def adds_start(self) -> bool:
         """Whether the family puts a token of its own before every text."""
-        steps = (self.definition.get("post_processor") or {}).get("single") or [{}]
-        said = self.companions.config.get("add_bos_token")
-        return self._role("bos") is not None and ("SpecialToken" in steps[0] if said is None else bool(said))
-
-    @property
-    def pad_id(self) -> int | None:
-        """The id that fills up batches: its own, or what ends a document; None for a tokenizer with neither."""
-        found = self.special.get(PAD, self._role("pad"))
-        return self._end if found is None else found
+        steps = hub_folder.steps_of(self.definition.get("post_processor"), "processors")
+        puts = any("SpecialToken" in (step.get("single") or [{}])[0] for step in steps)
+        return self._role("bos") is not None and bool(self.companions.config.get("add_bos_token", puts))
 
     @property
     def filler(self) -> int:
-        """`pad_id`, for who needs one.
+        """The id that fills up batches: padding's own, or what ends a document.
 
         Raises:
-            UserError: there is none.
+            UserError: there is neither.
         """
-        return self.id(PAD) if self.pad_id is None else self.pad_id
+        found = self.special.get(PAD, self._role("pad"))
+        return self.end_of_text if found is None else found
 
     @property
     def chat_template(self) -> str | None:

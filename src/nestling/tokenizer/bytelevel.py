@@ -85,6 +85,9 @@ class ByteLevel:
         named = {token["content"] for token in definition["added_tokens"]}
         model = dict(definition["model"])
         model["vocab"] = {token: number for token, number in model["vocab"].items() if token not in named}
+        if named & definition["model"]["vocab"].keys():  # no merge may make one of them
+            pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+            model["merges"] = [pair for pair in pairs if not named & {*pair, "".join(pair)}]
         plain = dict(definition) | {"model": model, "added_tokens": kept, "post_processor": None}
         self._plain = library(plain, where)
         symbols = {symbol: byte for byte, symbol in byte_symbols().items()}

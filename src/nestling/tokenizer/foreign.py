@@ -40,7 +40,7 @@ def render_foreign(
         return _to_ids(tokenizer, text, [])
     if template.tells_replies:
         places = [place for place, mark in enumerate(text) if mark in (BEGIN, END)]
-        return _to_ids(tokenizer, text, list(zip(places[::2], places[1::2], strict=True)))
+        return _to_ids(tokenizer, text, list(zip(places[::2], places[1::2], strict=False)))
     return _to_ids(tokenizer, text, _reply_spans(tokenizer, template, rows, offered, text))
 
 
@@ -110,21 +110,15 @@ def _reply_span(
     whole = template.fill(rows[: place + 1], tools)
     if not text.startswith(prompt):
         what = "writes what comes before a reply in another way once the conversation goes on"
-        raise UserError(what, where="chat template", value=text[_common(prompt, text) :][:40], fix=_FIX)
-    start = len(prompt)
-    limit = len(whole) if text.startswith(whole) else len(text)
+        raise UserError(what, where="chat template", fix=_FIX)
+    start, is_kept = len(prompt), text.startswith(whole)
     names = {name for name, number in tokenizer.special.items() if number in tokenizer.turn_ends}
-    ends = (match.end() for match in template.words.finditer(text, start, limit) if match[0] in names)
-    end = next(ends, limit)
+    found = template.words.finditer(text, start, len(whole) if is_kept else len(text))
+    end = next((match.end() for match in found if match[0] in names), len(whole) if is_kept else start)
     said = template.marked(rows[place]["content"].rpartition(THINK_END)[2].strip())
-    if said not in text[start:end] and not rows[place].get("tool_calls"):
-        raise UserError("leaves out what the assistant says", where="chat template", value=said[:40], fix=_FIX)
+    if end == start or (said not in text[start:end] and not rows[place].get("tool_calls")):
+        raise UserError("leaves out what the assistant says, or where it ends", where="chat template", fix=_FIX)
     return start, end
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters two texts share at their beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _to_ids(

@@ -27,6 +27,8 @@ for a program's own use; in a message they become U+FFFD."""
 _MARKS = str.maketrans(dict.fromkeys((SPLIT, BEGIN, END), "\ufffd"))
 _OF_A_TEMPLATE = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 _PROBE = "QXZV"
+_FORM = ("content", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments", "description", "parameters")
+"""Names that the form of a message gives, which a template looks for whatever the tokenizer's tokens are called."""
 
 
 class ChatTemplate:
@@ -55,7 +57,7 @@ class ChatTemplate:
         Raises:
             UserError: the template is broken, or refuses this conversation.
         """
-        messages = [self._split(row, row.get("role") == "assistant") for row in rows]
+        messages = [self._split(row, row.get("role") == "assistant") | {"role": row.get("role")} for row in rows]
         offered = self._split(list(tools), False) or None
         given = {"messages": messages, "tools": offered, "documents": None, "add_generation_prompt": prompt}
         try:
@@ -99,7 +101,8 @@ class ChatTemplate:
         if isinstance(value, str):
             return self._spelled[is_reply].sub(rf"\g<0>{SPLIT}", value.translate(_MARKS))
         if isinstance(value, Mapping):
-            return {self._split(key, is_reply): self._split(inner, is_reply) for key, inner in value.items()}
+            named = ((key if key in _FORM else self._split(key, is_reply), inner) for key, inner in value.items())
+            return {key: self._split(inner, is_reply) for key, inner in named}
         return [self._split(inner, is_reply) for inner in value] if isinstance(value, list | tuple) else value
 
     @cached_property

@@ -10,16 +10,19 @@ from nestling.tokenizer.bpe import Tokenizer
 class StreamDecoder:
     """Collects bytes until they are whole characters. Control tokens give no text.
 
+    Args:
+        begins: as for `Tokenizer.decode`.
+
     >>> tokenizer = Tokenizer.train(["a"], vocab_size=257)
     >>> stream = StreamDecoder(tokenizer)
     >>> [stream.push(id) for id in tokenizer.encode("é!")]
     ['', 'é', '!']
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, begins: bool = True) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._at_start = tokenizer.strips_first
+        self._at_start = begins and tokenizer.strips_first
 
     def push(self, id: int) -> str:
         """The text that became whole with this id; often "" inside a character of several tokens."""

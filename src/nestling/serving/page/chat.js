@@ -11,7 +11,7 @@ import { htmlOf, keepHtml, renderAll } from "./markdown.js";
 import { messageElement } from "./message.js";
 import { modelSelect, needModels } from "./models.js";
 import { samplingPanel } from "./panel.js";
-import { problem } from "./parts.js";
+import { problem, unopened } from "./parts.js";
 import { areRanked, rankQuestion } from "./ranking.js";
 import { beginReply, runningIn, stopReply } from "./replies.js";
 import { childrenOf, leafBelow, pathTo, variantsOf } from "./tree.js";
@@ -78,7 +78,7 @@ class Chat {
       else await this.draw();
       emit("here", { id: id || null });
     } catch (failure) {
-      this.thread.replaceChildren(problem(failure, [{ label: t("retry"), testid: "retry", run: () => this.open(id) }]));
+      this.thread.replaceChildren(unopened(failure, () => this.open(id)));
       return;
     }
     if (matchMedia("(hover: hover)").matches) this.composer.input.focus();

@@ -9,7 +9,7 @@ import { t } from "./i18n.js";
 import { icon } from "./icons.js";
 import { chatModels, modelSelect, needModels } from "./models.js";
 import { samplingPanel } from "./panel.js";
-import { problem } from "./parts.js";
+import { unopened } from "./parts.js";
 import { Round } from "./round.js";
 
 /** Rounds by comparison that are being written: they go on while the person looks at something else. */
@@ -76,7 +76,7 @@ class Compare {
       if (id) await this.take(await api(`/api/conversations/${id}`));
       this.draw();
     } catch (failure) {
-      this.thread.replaceChildren(problem(failure, [{ label: t("retry"), testid: "retry", run: () => this.open(id) }]));
+      this.thread.replaceChildren(unopened(failure, () => this.open(id)));
     }
   }
 

@@ -2,7 +2,7 @@
 
 import { iconButton } from "./controls.js";
 import { tellFailure } from "./dialog.js";
-import { h } from "./dom.js";
+import { h, isEnter } from "./dom.js";
 import { t } from "./i18n.js";
 
 const KEPT = "nestling.draft.";
@@ -48,8 +48,7 @@ export function composer({ submit, stop, label, prefix = "" }) {
   });
   input.addEventListener("input", keep);
   input.addEventListener("keydown", (event) => {
-    // While an input method composes, Enter chooses its suggestion.
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (!isEnter(event)) return;
     event.preventDefault();
     run();
   });

@@ -4,7 +4,7 @@ import { api } from "./api.js";
 import { emit, on } from "./bus.js";
 import { iconButton, textButton } from "./controls.js";
 import { ask, tellFailure } from "./dialog.js";
-import { debounced, h } from "./dom.js";
+import { debounced, h, isEnter } from "./dom.js";
 import { period } from "./format.js";
 import { t } from "./i18n.js";
 import { icon } from "./icons.js";
@@ -122,7 +122,7 @@ class List {
     input.addEventListener("blur", () => end(true));
     input.addEventListener("keydown", (event) => {
       event.stopPropagation();
-      if (event.key === "Enter" && !event.isComposing) end(true);
+      if (isEnter(event)) end(true);
       if (event.key === "Escape") end(false);
     });
     row.replaceChildren(input);

@@ -59,6 +59,14 @@ export function showChildren(element, children) {
   element.append(...children.slice(same));
 }
 
+/**
+ * Whether a key press is Enter that means "done": not Shift+Enter, and not the Enter with which an input method takes its
+ * suggestion (Safari tells that one by the code 229 alone).
+ */
+export function isEnter(event) {
+  return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+}
+
 /** Run `act` once `wait` milliseconds have passed without another call. */
 export function debounced(act, wait) {
   let timer = 0;

@@ -18,7 +18,7 @@ export function decimal(number, digits = 0) {
 export function percent(logprob) {
   const share = Math.exp(logprob);
   const options = { style: "percent", maximumSignificantDigits: share < 0.1 ? 2 : 3 };
-  return share < 1e-6 ? "≈ 0 %" : new Intl.NumberFormat(language, options).format(share);
+  return share < 1e-6 ? "<0.0001%" : new Intl.NumberFormat(language, options).format(share);
 }
 
 /** The part of the list that a conversation stands in: its key among the texts. */

@@ -32,7 +32,9 @@ async function start() {
   const top = h("header", { class: "bar" }, drawerButton("menu", t("menu_open"), "menu-open", true), bar);
   main = h("main", { tabindex: "-1" });
   const shade = h("div", { class: "shade", on: { click: () => drawer(false) } });
-  document.body.append(sidebar, shade, h("div", { class: "page" }, top, main));
+  const first = () => main.querySelector("textarea") ?? main.querySelector("a, button");
+  const skip = textButton(t("skip"), "skip", () => first()?.focus(), "skip main");
+  document.body.append(skip, sidebar, shade, h("div", { class: "page" }, top, main));
   addEventListener("hashchange", route);
   addEventListener("keydown", (event) => {
     if (event.key.toLowerCase() !== "k" || !(event.ctrlKey || event.metaKey)) return;

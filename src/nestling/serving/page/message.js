@@ -1,7 +1,7 @@
 // A stored message: what was said, and what a person can do with it.
 
 import { iconButton, textButton } from "./controls.js";
-import { h } from "./dom.js";
+import { h, isEnter } from "./dom.js";
 import { flagButton, voteButtons } from "./feedback.js";
 import { decimal, duration } from "./format.js";
 import { t } from "./i18n.js";
@@ -42,7 +42,7 @@ function edit(element, message, send) {
     if (event.key === "Escape") {
       event.stopPropagation();
       back();
-    } else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    } else if (isEnter(event)) {
       event.preventDefault();
       submit();
     }
@@ -58,7 +58,7 @@ function answer(message, variants, acts) {
   if (message.forgotten) body.append(notice(t("forgotten", { n: message.forgotten })));
   if (message.thinking) body.append(thoughtPart(message.thinking).element);
   body.append(...stepParts(message.steps));
-  if (message.content || !message.steps.length) body.append(text);
+  body.append(text);
   if (!message.content) text.append(h("span", { class: "muted", text: t("empty_reply") }));
   const ending = ENDINGS[message.reply?.finish];
   if (ending) body.append(notice(t(ending)));
@@ -76,12 +76,11 @@ function answerBar(message, text, variants, acts) {
   return bar;
 }
 
-/** Who wrote it and how fast; the rest for those who point at it. */
+/** Who wrote it and how fast, tools included; the rest for those who point at it. */
 function facts(message) {
   const { reply } = message;
-  if (!reply) return null;
-  const writing = reply.seconds - (reply.first_token_seconds ?? 0);
-  const speed = reply.completion_tokens > 1 && writing > 0 ? (reply.completion_tokens - 1) / writing : 0;
+  if (!reply) return "";
+  const speed = reply.seconds > 0 ? reply.completion_tokens / reply.seconds : 0;
   const more = t("reply_facts", {
     read: reply.prompt_tokens, written: reply.completion_tokens, seconds: duration(reply.seconds), seed: reply.seed,
   });

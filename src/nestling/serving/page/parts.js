@@ -126,6 +126,12 @@ export function notice(text) {
   return h("p", { class: "notice", text, testid: "notice" });
 }
 
+/** Why a conversation can't be shown, with a button that tries again. */
+export function unopened(failure, run) {
+  const said = failure.status === 404 ? { message: t("error_not_found") } : failure;
+  return problem(said, [{ label: t("retry"), testid: "retry", run }]);
+}
+
 /** A failure, with buttons [{label, testid, run}]. */
 export function problem(failure, buttons = []) {
   const made = buttons.map(({ label, testid, run }) => textButton(label, testid, run, "quiet bordered"));

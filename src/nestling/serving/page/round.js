@@ -92,7 +92,8 @@ export class Round {
     try {
       await stream(`/api/comparisons/${this.comparison.id}/reply/${side}`, { signal: this.writing[side].signal, take });
     } catch (error) {
-      if (error.name !== "AbortError") throw error;
+      const isWritten = error.status === 409; // it was stored although nothing had arrived here when it was stopped
+      if (error.name !== "AbortError" && !isWritten) throw error;
       done = await this.stored(side, live);
     }
     live.end();
@@ -104,7 +105,7 @@ export class Round {
 
   /** What was stored of a side that was stopped; null where nothing was written yet. */
   async stored(side, live) {
-    for (let tries = 0; tries < STORED.tries && live.text; tries += 1) {
+    for (let tries = 0; tries === 0 || (tries < STORED.tries && live.text); tries += 1) {
       const found = await api(`/api/comparisons/${this.comparison.id}`);
       if (found[side]) {
         const { messages } = await api(`/api/conversations/${found.conversation}`);

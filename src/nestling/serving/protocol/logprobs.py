@@ -46,7 +46,7 @@ class TextLogprobs:
         row = (name, known, best | {name: known} if self._count and known is not None else None, self._end)
         for column, value in zip(self.told.values(), row, strict=True):
             column.append(value)
-        self._end += len(self._tokenizer.decode([token], control=True))
+        self._end += len(self._tokenizer.decode([token], control=True, begins=False))
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:

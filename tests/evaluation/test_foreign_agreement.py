@@ -1,0 +1,31 @@
+"""Models in other families' forms: engine, transformers and llama.cpp read our export of them as the trainer does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from families import FORMS, make
+from toys.models import random_model
+
+from nestling.evaluation.agreement import compare, conversations, reference_cases
+from nestling.evaluation.readers import open_readers
+from nestling.model.checkpoint import Checkpoint, save
+from nestling.tokenizer.bpe import Tokenizer
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma", "zephyr"])
+def test_everybody_agrees(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = Tokenizer.load(make(tmp_path / "made", FORMS[family]))
+    found = Checkpoint(random_model(tokenizer.vocab_size, context=512), tokenizer)
+    save(tmp_path / "saved", found.model, tokenizer)
+    asked = conversations(50, chat=True)
+    asked = asked[:8] + asked[25:30] + asked[11:13]
+    cases = reference_cases(found, asked, 4)
+    roles = {message.role for case in cases for message in case.conversation.messages}
+    assert ("system" in roles) == (family not in ("mistral", "gemma"))  # whose templates have no form for it
+    readers, _ = open_readers(found, tmp_path / "saved", tmp_path, "f32")
+    for reader in readers:
+        result = compare(reader, cases, 4)
+        assert result.agrees, result.complaints[:3]
