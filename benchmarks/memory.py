@@ -42,6 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps on random ids; bytes predicted before and measured after."""
     import torch
 
+    from nestling.core.machine import PeakMemory, held_memory
     from nestling.core.registry import find
     from nestling.core.runtime import detect
     from nestling.loading.batches import TokenBatch
@@ -50,10 +51,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from nestling.model.hub import make_config
     from nestling.objectives.next_token import NextToken, Settings
     from nestling.planning.activations import Microbatch
-    from nestling.planning.machine import PeakMemory, held_memory
     from nestling.planning.memory import Learning, training_memory
-    from nestling.training.hooks import Hook, Run
     from nestling.training import loop
+    from nestling.training.hooks import Hook, Run
     from nestling.training.loop import train
     from nestling.training.settings import TrainSettings
 

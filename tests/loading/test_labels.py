@@ -40,23 +40,6 @@ def test_every_text_once_per_epoch(tokenizer: Tokenizer) -> None:
     assert torch.equal(again.ids, batches[1].ids)
 
 
-def test_hidden_tokens_are_inside_a_text_and_other_ones_each_time(tokenizer: Tokenizer) -> None:
-    rows = [Labelled(text="ab" * 100, labels=()), Labelled(text="c", labels=("hate",))]
-    texts = loader(tokenizer, rows, context=256)
-    batch = next(texts.validation())
-    hidden = batch.hiding(0.25, texts.filler, torch.Generator().manual_seed(0))
-    changed = hidden.ids != batch.ids
-    long = int(batch.lengths.argmax())
-    assert 30 < int(changed[long].sum()) < 70  # of 200
-    assert set(hidden.ids[changed].tolist()) == {texts.filler}
-    for row, length in enumerate(batch.lengths.tolist()):
-        assert not changed[row, 0]
-        assert not changed[row, length - 1 :].any()
-    assert torch.equal(hidden.targets, batch.targets)
-    again = batch.hiding(0.25, texts.filler, torch.Generator().manual_seed(1))
-    assert not torch.equal(again.ids, hidden.ids)
-
-
 def test_long_texts_are_cut_dropped_or_refused(tokenizer: Tokenizer) -> None:
     cut = loader(tokenizer, context=6)
     assert (cut.cut, cut.dropped) == (1, 0)

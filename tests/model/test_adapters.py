@@ -14,7 +14,7 @@ import peft as library
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nestling.core import registry
@@ -272,6 +272,7 @@ def test_peft_understands_every_setting(
                 "alpha_pattern": {"q_proj": 3},
             },
         ),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
         ("qwen2", {"target_modules": ["v_proj"], "layers_to_transform": [1], "trainable_token_indices": [4, 9]}),
         (
             "mistral",
@@ -335,6 +336,10 @@ def spoil(folder: Path, name: str, tokenizer: Tokenizer) -> None:
     base = folder.parent / "base"
     if name == "no base":
         shutil.rmtree(base)
+    elif name == "whole embedding":
+        tensors = load_file(folder / "adapter_model.safetensors")
+        table = checkpoint.load_model(base)[0].embedding.weight.detach()
+        save_file({**tensors, "base_model.model.model.embed_tokens.weight": table}, folder / "adapter_model.safetensors")
     elif name == "its own base":
         (folder / "nestling.json").unlink()
         rewritten(folder, base_model_name_or_path=".")
@@ -372,7 +377,8 @@ def spoil(folder: Path, name: str, tokenizer: Tokenizer) -> None:
         ('{"peft_type": "LOHA"}', "adapters with peft_type are not supported"),
         ('{"bias": "all"}', "adapters with bias are not supported"),
         ('{"target_parameters": ["mlp.experts.down_proj"]}', "adapters with target_parameters are not supported"),
-        ('{"modules_to_save": ["embed_tokens"]}', "adapters with modules_to_save are not supported"),
+        ('{"modules_to_save": ["norm"]}', "adapters with modules_to_save are not supported"),
+        ("whole embedding", "trains the embedding apart from the output layer that shares it"),
         ('{"init_lora_weights": "pissa_niter_4"}', "this way of starting changes the base model too"),
         ('{"r": 0}', "rank: must be greater than or equal to 1"),
     ],

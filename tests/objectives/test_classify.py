@@ -120,18 +120,3 @@ def test_it_trains_from_materials_and_goes_on_from_a_classifier(tmp_path: Path) 
     earlier = Labeller(objective.model.decoder, objective.model.head)
     again = classify.build(classify.Settings(), Materials(runtime, 1, tmp_path, given={**given, "classifier": earlier}))
     assert again.validate() == objective.validate()
-
-
-def test_what_is_hidden_follows_from_the_step_alone() -> None:
-    """However often a step is made, before or after others; another step hides other tokens."""
-
-    def ids(step: int) -> torch.Tensor:
-        objective = classify.toy(0)
-        objective.settings = classify.Settings(hidden_share=0.5)
-        (update,) = objective.updates(step)
-        return torch.cat([piece.ids for piece in update.microbatches])
-
-    plain = torch.cat([piece.ids for piece in next(classify.toy(0).updates(1)).microbatches])
-    assert torch.equal(ids(1), ids(1))
-    assert not torch.equal(ids(1), plain)
-    assert not torch.equal(ids(1) == plain, ids(6) == plain)

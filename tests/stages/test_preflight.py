@@ -18,11 +18,11 @@ import torch
 
 from nestling.core import pipeline
 from nestling.core.errors import UserError
+from nestling.core.machine import held_memory, proc_numbers
 from nestling.core.metrics import read_metrics
 from nestling.core.recipe import load_recipe
 from nestling.core.runtime import detect
 from nestling.core.storage import read_json
-from nestling.planning.machine import held_memory, proc_numbers
 from nestling.stages._preflight import announce, disk_of, memory_of, planned
 
 TINY = Path(__file__).with_name("tiny.yaml")

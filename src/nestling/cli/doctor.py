@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nestling import __version__
+from nestling.core.machine import free_memory, usable_cores
 from nestling.core.runtime import Runtime, detect, measured_peak, named_dtype
 from nestling.core.storage import write_bytes
-from nestling.planning.machine import free_memory, usable_cores
 from nestling.tools import python as python_tool
 from nestling.training.compiling import missing_compiler
 
@@ -154,6 +154,8 @@ def warnings(facts: Mapping[str, Any]) -> list[str]:
     processor, computing, memory, disk = (facts[part] for part in ("processor", "computing", "memory", "disk"))
     usable, on_cpu = processor["usable cores"], computing["device"] == "cpu"
     speeds, sync = computing["flops"], disk.get("sync_ms", 0.0)
+    free = float("inf") if memory["free"] is None else memory["free"]
+    slow = 20 if disk.get("spinning") else 100
     bare = [what for what, how in facts["sandbox"].items() if how is None]
     found = {
         f"other work is running (load {processor['load']:.1f} on {processor['cores']} cores): training and what is "
@@ -168,14 +170,10 @@ def warnings(facts: Mapping[str, Any]) -> list[str]:
         f"compiling is off, {facts['compiler']}: long stages train about a fifth slower": facts["compiler"] != "found",
         "an NVIDIA driver is here, but this PyTorch can't use it: install a build with CUDA": on_cpu
         and (facts["software"]["cuda of torch"] is None and Path("/proc/driver/nvidia/version").exists()),
-        f"{(memory['free'] or 0) / GB:.1f} GB of memory is free: small models only, with training.recompute=blocks": memory[
-            "free"
-        ]
-        is not None
-        and memory["free"] < 2 * GB,
+        f"{free / GB:.1f} GB of memory is free: small models only, with training.recompute=blocks": free < 2 * GB,
         f"{disk['free'] / GB:.1f} GB of disk is free: give another folder with --out": disk["free"] < 5 * GB,
         f"{disk['folder']} can't be written: give another folder with --out": not disk.get("writable", True),
-        f"the disk takes {sync:.0f} ms to make a file safe: raise training.save_every": sync > (20 if disk.get("spinning") else 100),
+        f"the disk takes {sync:.0f} ms to make a file safe: raise training.save_every": sync > slow,
         f"the Python tool will refuse to run code, nothing keeps it from: {', '.join(bare)}; install bubblewrap or "
         "libseccomp": bool(bare),
     }

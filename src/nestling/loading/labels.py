@@ -56,17 +56,6 @@ class LabelBatch:
         part = slice(start, stop)
         return LabelBatch(self.ids[part], self.lengths[part], self.targets[part], self.judged[part])
 
-    def hiding(self, share: float, filler: int, stream: torch.Generator) -> LabelBatch:
-        """The batch with this share of its tokens hidden behind `filler`; the frames stay, and so do the labels.
-
-        Who may not count on every word learns several signs of a category instead of whole sentences by heart
-        (word dropout, Iyyer et al. 2015).
-        """
-        drawn = torch.rand(self.ids.shape, generator=stream) < share
-        slot = torch.arange(self.ids.shape[1])
-        inside = (slot > 0) & (slot < self.lengths.unsqueeze(1) - 1)
-        return replace(self, ids=torch.where(drawn & inside, filler, self.ids))
-
     def to(self, device: torch.device) -> LabelBatch:
         """The batch on a device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
@@ -91,7 +80,7 @@ class LabelLoader:
         self.context, self.batch_rows, self.seed, self.too_long = context, batch_rows, seed, too_long
         self.categories = tuple(categories)
         self.dropped = self.cut = 0
-        self.filler = filler(tokenizer)
+        self._filler = filler(tokenizer)
         for number, row in enumerate(rows):
             _check(number, row, self.categories)
         encoded = tokenizer.encode_batch([row.text for row in rows])
@@ -136,7 +125,7 @@ class LabelLoader:
     def _batch(self, places: Sequence[int]) -> LabelBatch:
         lengths = [len(self._ids[place]) for place in places]
         width = min(self.context, math.ceil(max(lengths) / _MULTIPLE) * _MULTIPLE)
-        ids = np.full((len(places), width), self.filler, dtype=np.int64)
+        ids = np.full((len(places), width), self._filler, dtype=np.int64)
         for row, place in enumerate(places):
             ids[row, : lengths[row]] = self._ids[place]
         chosen = torch.tensor(list(places))

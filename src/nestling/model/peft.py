@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling.core import registry
 from nestling.core.config import parse
@@ -43,6 +43,8 @@ ABSENT = (
     "kasa_config",
     "velora_config",
 )
+WHOLE = ("score", "classifier", "embed_tokens", "wte", "lm_head")
+"""What may be kept whole in an adapter."""
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
@@ -220,7 +222,7 @@ def read(folder: Path, base: Path, model: Decoder) -> Tensor | None:
             for path, part, piece in zip(place.ours, parts, pieces, strict=True):
                 if part is not None and piece is not None:
                     put(model, path, Adapted(part, *piece, scale, origin))
-        _read_rows(model, place, tensors.pop(f"{place.name}{ROWS}", None), config, folder)
+        _read_rows(model, place, tensors, config, folder)
     score = tensors.pop(SCORE, None)
     if tensors:
         raise _foreign(folder, next(iter(tensors)))
@@ -229,7 +231,7 @@ def read(folder: Path, base: Path, model: Decoder) -> Tensor | None:
 
 def _checked(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """Refuse what PEFT can do and we can't."""
-    whole = sorted({*(config.get("modules_to_save") or ())} - {"score", "classifier"})
+    whole = sorted({*(config.get("modules_to_save") or ())} - {*WHOLE})
     for name, value in {**PLAIN, **dict.fromkeys(ABSENT), "modules_to_save": None}.items():
         found = whole if name == "modules_to_save" else config.get(name, value)
         if found != value and found not in (None, False, [], {}):
@@ -285,15 +287,25 @@ def _divided(lora_a: Tensor, lora_b: Tensor, sizes: Sequence[int]) -> Iterator[t
         yield (lora_a[used], rows[:, used]) if used.any() else None
 
 
-def _read_rows(model: Decoder, place: Place, rows: Tensor | None, config: Mapping[str, Any], folder: Path) -> None:
-    if rows is None:
-        return
+def _read_rows(
+    model: Decoder, place: Place, tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path
+) -> None:
+    """Rows that were trained of the embedding, or of an output layer of its own: some of them, or the whole table."""
+    rows = tensors.pop(f"{place.name}{ROWS}", None)
     indices = config.get("trainable_token_indices") or {}
     numbers = indices if isinstance(indices, list) else indices.get(place.name.rsplit(".", 1)[-1], [])
-    table = getattr(model.get_submodule(place.ours[0]), "weight", None)
+    if rows is None and (rows := tensors.pop(f"{place.name}.weight", None)) is not None:
+        numbers = list(range(len(rows)))
+        if model.head is None:
+            what = "this adapter trains the embedding apart from the output layer that shares it"
+            raise UserError(what, where=folder, fix="merge it with PEFT's merge_and_unload, and load the merged model")
+    if rows is None:
+        return
+    tables = {"embedding": model.embedding.weight, "head": model.output_weight}
+    table = tables.get(place.ours[0])
     if table is None or rows.shape != (len(numbers), table.shape[1]) or max(numbers) >= len(table):
         raise _foreign(folder, place.name)
-    put(model, place.ours[0], TrainedRows(table, numbers, rows))
+    put(model, place.ours[0], TrainedRows(nn.Parameter(table, requires_grad=False), numbers, rows))
 
 
 def _foreign(folder: Path, name: str) -> UserError:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nestling.core.config import Config
 from nestling.core.ranks import sum_over_ranks
-from nestling.core.runtime import python_stream, torch_stream
+from nestling.core.runtime import python_stream
 from nestling.core.types import Labelled
 from nestling.loading.labels import LabelBatch, LabelLoader
 from nestling.model.heads import LabelHead, Labeller
@@ -38,8 +38,6 @@ class Settings(Config):
     """Pieces that a step is computed in; the gradient is the same."""
     score_tokens: int = Field(2048, gt=0)
     """Padded tokens per forward pass."""
-    hidden_share: float = Field(0.0, ge=0, lt=1)
-    """Share of a training text's tokens that it must do without, other ones each time."""
 
 
 class Classify(Objective):
@@ -60,9 +58,6 @@ class Classify(Objective):
     def updates(self, step: int) -> Iterator[Update]:
         """One update: the step's texts, in pieces."""
         batch = self.texts.batch(step - 1)
-        if self.settings.hidden_share:
-            stream = torch_stream(self.texts.seed, "hidden", step)
-            batch = batch.hiding(self.settings.hidden_share, self.texts.filler, stream)
         start, stop = fair_share(len(batch), "batch_rows")
         batch = batch.rows(start, stop).to(self._device)
         self._right = self._judged = 0.0

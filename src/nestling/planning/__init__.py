@@ -1,1 +1,1 @@
-"""What a model and a run will take, before anything runs: weights, operations, memory, time; and what a machine has."""
+"""What a model and a run will take, before anything runs: weights, operations, memory, time."""

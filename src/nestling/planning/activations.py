@@ -97,12 +97,12 @@ def _rehearse(config: DecoderConfig, batch: Microbatch) -> _Rehearsal:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(batch.dtype)
         ids = torch.zeros(batch.rows, batch.width, dtype=torch.long)
-        where = {"positions": ids, "segments": ids} if batch.packed else {}
+        places = ids if batch.packed else None
         marks: list[int] = []
         with _Living() as living, torch.autocast(device.type, torch.float16, enabled=batch.dtype == torch.float16):
             for block in model.blocks:
                 block.register_forward_hook(lambda *_: marks.append(living.now))
-            hidden = model.hidden(ids, **where)
+            hidden = model.hidden(ids, positions=places, segments=places)
             kept, each = living.now, marks[1] - marks[0]
             hidden.sum().backward()
         return _Rehearsal(kept - 2 * each, each, living.most - kept)

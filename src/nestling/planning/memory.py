@@ -24,13 +24,12 @@ from nestling.planning.parameters import count_parameters
 ADAMW = {"hidden": 8, "other": 8, "scratch": 0}
 """Bytes that an optimiser keeps of each weight of a block's matrix and of each other one, and that a step takes for a
 while of each of the former. An optimiser's file says its own as MEMORY; this is taken for one that doesn't."""
-HEAP = 1.45
-"""What a C library's heap takes for each byte of activations: freed pieces that fit nothing else are not given back.
+WASTE, FRESH = 1.6, 0.25
+"""What a C library's heap that keeps freed memory (`keep_freed_memory`) takes for a byte of activations, and how much of the
+gradients needs more than the holes that activations left; what the optimiser takes for a while needs all of its own.
 
-Nor is what one moment frees of much use to the next, so that on a CPU the moments add up. Of twelve small runs with
-glibc 2.36, ten peaks lay within 15 % of what is predicted so, all within 21 % (`benchmarks/memory.py`). With
-MALLOC_MMAP_THRESHOLD_=262144 each tensor has pages of its own and there is no such heap; that costs time.
-"""
+Fitted to sixteen small runs on a CPU: eleven peaks lie within 15 % of what is so predicted, all within 20 %
+(`python benchmarks/memory.py`, AMD EPYC (Zen 5), glibc 2.36, November 2026)."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,15 @@ class Memory:
     cache: int = 0
     """Keys and values."""
     heap: bool = False
-    """Whether what one moment frees is of no use to the next."""
+    """Whether what one moment frees is of little use to the next."""
 
     @property
     def peak(self) -> int:
-        """The worst of two moments: the backward pass begins, or the optimiser steps. In a heap, both."""
+        """The worst of two moments: the backward pass begins, or the optimiser steps. In a heap, nearly both."""
         held = self.weights + self.states + self.cache
         if self.heap:
-            return held + self.activations + self.loss + max(self.summed, self.gradients) + self.scratch
+            fresh = WASTE * (self.activations + self.loss) + FRESH * max(self.summed, self.gradients)
+            return held + int(fresh) + self.scratch
         return held + max(self.summed + self.activations + self.loss, self.gradients + self.scratch)
 
     def __add__(self, other: Memory) -> Memory:
@@ -104,7 +104,6 @@ def training_memory(config: DecoderConfig, how: Learning, weights: Weights | Non
     copied = how.batch.dtype == torch.bfloat16
     size = 2 if copied else 4
     several, heap = how.pieces > 1, how.heap and not how.batch.device.startswith("cuda")
-    waste = HEAP if heap else 1.0
     found = activations(config, how.batch, how.recompute)
     held = how.optimiser["hidden"] * counts.hidden + how.optimiser["other"] * (counts.learnt - counts.hidden)
     return Memory(
@@ -113,8 +112,8 @@ def training_memory(config: DecoderConfig, how: Learning, weights: Weights | Non
         summed=4 * counts.learnt if several else 0,
         gradients=(4 + (size if several and copied else 0)) * counts.learnt,
         scratch=how.optimiser["scratch"] * counts.hidden,
-        activations=int(waste * (found.kept + found.passing)),
-        loss=int(waste * loss_memory(config, how.batch)) if how.logits else 0,
+        activations=found.kept + found.passing,
+        loss=loss_memory(config, how.batch) if how.logits else 0,
         heap=heap,
     )
 

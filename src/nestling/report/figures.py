@@ -61,7 +61,9 @@ def plots(run: Run) -> list[Plot]:
 
 def _loss_only(stage: StageRecord) -> Iterator[Plot]:
     curves = [Curve("training", stage.series("loss"), noisy=True), Curve("held out", stage.series("val_loss"))]
-    yield Plot(stage.name, "Loss", "nats per token", curves)
+    counted = number((stage.report.get("expected") or {}).get("ngram"))
+    levels = [] if counted is None else [("n-gram model", counted)]
+    yield Plot(stage.name, "Loss", "nats per token", curves, levels)
 
 
 def _pretrain(stage: StageRecord) -> Iterator[Plot]:

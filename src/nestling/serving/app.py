@@ -19,7 +19,7 @@ from nestling.serving.observing import Observer
 from nestling.serving.remembering import Memory
 from nestling.serving.rendering import Progressive
 from nestling.serving.router import Router
-from nestling.serving.runs import Runs
+from nestling.serving.runs import DEFAULT, Runs
 from nestling.serving.settings import ServeSettings
 from nestling.serving.store.store import Store
 
@@ -39,7 +39,7 @@ def create_app(
         store: where conversations and what people say of them are kept; without one, those paths answer that.
         moderator: judges texts; without one, nothing is.
         router: chooses a model for "auto".
-        runs: of recipes, for the page to show.
+        runs: of recipes, for the page to show; those in `runs` where none are given.
     """
     app = FastAPI(
         title="Nestling", version=nestling.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None,
@@ -47,7 +47,7 @@ def create_app(
     )  # fmt: skip
     observer = Observer(models, log_text=settings.log_text)
     state = {"settings": settings, "models": models, "store": store, "moderator": moderator, "router": router,
-             "observer": observer, "memory": Memory(settings.kept_responses, store), "runs": runs,
+             "observer": observer, "memory": Memory(settings.kept_responses, store), "runs": runs or Runs(DEFAULT),
              "progressive": Progressive()}  # fmt: skip
     for name, value in state.items():
         setattr(app.state, name, value)

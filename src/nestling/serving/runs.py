@@ -7,7 +7,6 @@ What a run folder links to outside itself is not read.
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 import json
 import re
@@ -28,6 +27,8 @@ RECIPE, RECORD, REPORT = "recipe.json", "stage.json", "report.html"
 LOGS = {"rows": "metrics.jsonl", "samples": "samples.jsonl"}
 PART = 1 << 20
 """Bytes of a log that are read at once."""
+LARGEST = 2**60
+"""Bytes that no log has."""
 MARK = 64
 """Bytes before a place in a log by which it is known again: a run that goes on after a stop rewrites its logs."""
 DEFAULT = Path("runs")
@@ -275,6 +276,6 @@ def _encoded(places: Places) -> str:
 def _decoded(text: str) -> Places:
     try:
         found = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else {}
-        return {str(key): [int(place), int(mark)] for key, (place, mark) in found.items() if place >= 0}
-    except (ValueError, TypeError, AttributeError, binascii.Error, RecursionError):
+        return {str(key): [int(place), int(mark)] for key, (place, mark) in found.items() if 0 <= place < LARGEST}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError("not the `next` of an answer", where="after", value=text) from None

@@ -12,6 +12,7 @@ from torch import nn
 
 from nestling.core import ranks
 from nestling.core.errors import UserError
+from nestling.core.machine import PeakMemory, Room, free_memory, held_memory
 from nestling.core.metrics import say
 from nestling.core.pipeline import Plan, finished
 from nestling.core.registry import find
@@ -20,7 +21,6 @@ from nestling.core.storage import read_json
 from nestling.model.config import DecoderConfig
 from nestling.model.hub import from_hub
 from nestling.model.locate import MODEL
-from nestling.planning.machine import PeakMemory, Room, free_memory, held_memory
 from nestling.planning.memory import ADAMW, Memory, Weights
 from nestling.planning.work import Known, Way, Work
 from nestling.training.contract import Objective
@@ -55,8 +55,7 @@ def planned(stages: Sequence[Plan], out: Path) -> list[Planned]:
     found = []
     for stage in stages:
         inputs = {role: known.get(path) or model_in(path) for role, path in stage.reads.items()}
-        inputs = {role: value for role, value in inputs.items() if value is not None}
-        work = _work(stage, inputs)
+        work = _work(stage, {role: value for role, value in inputs.items() if value is not None})
         if work is not None:
             known[out / stage.spec.name] = work.models[0]
         elif "vocab_size" in type(stage.settings).model_fields:

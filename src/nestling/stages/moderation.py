@@ -56,6 +56,8 @@ CATEGORIES = (
     "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
 """The names of OpenAI's moderation endpoint."""
+SHARES = tuple(np.linspace(1, 0.05, 20).tolist())
+"""Of a category's false-positive rate that are tried, from loose to strict."""
 MACRO = ("f1", "precision", "recall", "auc", "calibration_error")
 SUFFIXES = {"": "value", "_interval": "interval", "_n": "n"}
 
@@ -70,6 +72,9 @@ class Settings(TrainingStage):
     threshold: ThresholdSettings = ThresholdSettings()
     """The rule that thresholds follow."""
     thresholds: dict[str, ThresholdSettings] = Field({}, description="Another rule for some categories.")
+    flagged_at_most: float | None = Field(
+        None, gt=0, lt=1, description="Share of harmless texts flagged for anything; lowers the rates of all categories."
+    )
     folds: int = Field(5, ge=2, description="Parts of the held-out texts, each judged by the others' calibration.")
     mistakes: int = Field(200, ge=0, description="Wrongly judged test texts that are kept to look at.")
     objective: classify.Settings = classify.Settings()
@@ -175,13 +180,30 @@ def folds(rows: Sequence[Labelled], count: int) -> np.ndarray:
 def _calibrations(
     settings: Settings, trained: Sequence[bool], held_out: LabelLoader, logits: np.ndarray, chosen: np.ndarray
 ) -> dict[str, Calibration]:
-    """Of each category, from the chosen texts, [N] bool. A category that no training text has was never trained."""
+    """Of each category, from the chosen texts, [N] bool, with the loosest thresholds that `flagged_at_most` allows."""
+    harmless = chosen & ~held_out.targets.bool().numpy().any(axis=1)
+    for share in SHARES:
+        found = _by_category(settings, trained, held_out, logits, chosen, share)
+        flags = [c.scores(logits[harmless, place]) > c.threshold for place, c in enumerate(found.values())]
+        limit = settings.flagged_at_most
+        if limit is None or np.any(flags, axis=0).sum() <= limit * harmless.sum():
+            break
+    return found
+
+
+def _by_category(
+    settings: Settings, trained: Sequence[bool], held_out: LabelLoader, logits: np.ndarray, chosen: np.ndarray,
+    share: float,
+) -> dict[str, Calibration]:
+    """With this share of the false-positive rates. A category that no training text has was never trained."""
     found = {}
     for place, name in enumerate(settings.categories):
         if trained[place]:
             judged = held_out.judged[:, place].numpy() & chosen
             truth = held_out.targets[:, place].bool().numpy()[judged]
-            found[name] = calibrate(logits[judged, place], truth, settings.thresholds.get(name, settings.threshold))
+            rule = settings.thresholds.get(name, settings.threshold)
+            rule = rule.model_copy(update={"at_most": rule.at_most * share})
+            found[name] = calibrate(logits[judged, place], truth, rule)
         else:
             found[name] = Calibration(threshold=1.0, trained=False)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -26,7 +26,7 @@ from nestling.stages._truth import WorldSettings, correctness
 from nestling.tokenizer.conversation import parse_reply, render
 from nestling.tokenizer.special import THINK_START
 
-VERSION = 1
+VERSION = 2
 READS = {"prompts": "prompts", "small": "sft", "medium?": "medium", "large?": "large"}
 CANDIDATES = "candidates.json"
 
@@ -60,7 +60,8 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     if missing := sorted(needed - set(context.reads)):
         raise UserError("a candidate's model is no input of this stage", where=f"{context.name}.reads", value=missing[0])
     models = {role: checkpoint.load(checkpoint_folder(context.reads[role]), context.runtime.device) for role in needed}
-    prompts = {split: read_split(context.reads["prompts"], split, PromptRow) for split in ("train", "val")}
+    given = {split: read_split(context.reads["prompts"], split, PromptRow) for split in ("train", "val")}
+    prompts = {split: [row for row in rows if _fits(settings, models, row)] for split, rows in given.items()}
     asked = [*prompts["train"], *prompts["val"]]
     found: dict[str, list[Outcome]] = {}
     with Progress(context.name, len(settings.candidates), "candidates", context.quiet) as progress:
@@ -83,7 +84,14 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
         }
         for name, outcomes in found.items()
     }
-    return {"prompts": len(asked), "candidates": means, "synthetic": True}
+    dropped = sum(map(len, given.values())) - len(asked)
+    return {"prompts": len(asked), "dropped": dropped, "candidates": means, "synthetic": True}
+
+
+def _fits(settings: Settings, models: Mapping[str, Checkpoint], row: PromptRow) -> bool:
+    """Whether every model has room for the prompt, tools and a thought included, and for an answer."""
+    longest = max(len(render(model.tokenizer, row.prompt, settings.tools, prompt=True).ids) for model in models.values())
+    return longest + 1 < min(model.model.config.context for model in models.values())
 
 
 def _outcomes(

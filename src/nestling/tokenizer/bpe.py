@@ -342,6 +342,8 @@ class Tokenizer:
         begin = self._role("bos")
         end = self.turn_end if self.template is not None else self._end
         pad = self.special.get(PAD, self._role("pad"))
+        if pad == self._end and not self.companions.template:
+            pad = None  # a base model's has none of its own
         found = {"bos_token_id": self._end if begin is None else begin, "eos_token_id": end, "pad_token_id": pad}
         return {name: number for name, number in found.items() if number is not None}
 

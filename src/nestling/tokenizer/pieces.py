@@ -37,7 +37,10 @@ class Pieces:
         closed = {*control, *self._bytes}
         plain = {**definition, "model": _closed(model, closed), "added_tokens": kept, "post_processor": None}
         self._plain = library(plain, where)
-        self._inner = library(plain | {"pre_tokenizer": _without_prefix(definition)}, where)
+        inner = _without_prefix(definition)
+        same = inner == steps_of(definition.get("pre_tokenizer"), "pretokenizers")
+        cut = {"type": "Sequence", "pretokenizers": inner}
+        self._inner = self._plain if same else library(plain | {"pre_tokenizer": cut}, where)
         self._unknown = model.get("unk_id") if model["type"] == "Unigram" and self._bytes else None
         replaced, self.strips_first = _decoder(definition, where)
         self.token_bytes = {number: _spelled(piece, replaced) for piece, number in numbered(model).items()}
@@ -98,14 +101,10 @@ def _closed(model: Mapping[str, Any], closed: Collection[str]) -> dict[str, Any]
     return {**model, "vocab": vocab, "byte_fallback": False}
 
 
-def _without_prefix(definition: Mapping[str, Any]) -> Any:
-    """The pre-tokenizer as it works inside a text: the scheme "first" puts a space only before the whole text."""
-    cut = definition.get("pre_tokenizer")
-    steps = [
-        {**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step
-        for step in steps_of(cut, "pretokenizers")
-    ]
-    return {"type": "Sequence", "pretokenizers": steps} if steps else None
+def _without_prefix(definition: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pre-tokenizer's steps as they work inside a text: the scheme "first" puts a space only before the whole one."""
+    steps = steps_of(definition.get("pre_tokenizer"), "pretokenizers")
+    return [{**step, "prepend_scheme": "never"} if step.get("prepend_scheme") == "first" else step for step in steps]
 
 
 def _decoder(definition: Mapping[str, Any], where: str | Path) -> tuple[list[tuple[str, str]], bool]:

@@ -23,6 +23,8 @@ SHARES: dict[str, float] = {
     "greeting": 4, "identity": 8, "fact": 28, "unknown": 18, "arithmetic_plain": 4, "story": 4, "rewriting": 3,
     "list": 3, "letter": 3, "spelling": 4, "howto": 8, "lookalike": 6, "harmful": 10, "persona": 6, "multi": 8}
 MARKS = 10
+# How often a known person is denied in a ranking: so often that as many of them stand there as inventions of strangers.
+_DENIED = SHARES["unknown"] / SHARES["fact"]
 
 
 def situation(facts: Facts, stream: Stream, split: str, kinds: Mapping[str, float]) -> tuple[list[Message], Exchange]:
@@ -101,7 +103,7 @@ def candidates(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
 def _tempting(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
     """The mistake that a model is drawn to here: a refusal out of place, or none where one is due; in good style."""
     kind, chat = exchange.truth["kind"], facts.lang.data["chat"]
-    if kind == "fact" and "p" in exchange.slots:
+    if kind == "fact" and "p" in exchange.slots and stream.chance(_DENIED):
         text = fill(stream.pick(chat["unknown"]["answers"]), {"u": exchange.slots["p"]})
     elif kind in ("lookalike", "howto"):
         text = stream.pick(chat["harmful"]["answers"])

@@ -5,7 +5,7 @@ import { askForKey } from "./key.js";
 
 const KEY = "nestling.key";
 const KNOWN = new Set(["rate_limit_exceeded", "context_length_exceeded", "content_policy_violation", "no_store",
-  "store_unavailable", "overloaded", "model_stopped", "forbidden_host"]);
+  "store_unavailable", "overloaded", "model_stopped", "forbidden_host", "no_model"]);
 
 /** An answer that is an error; status 0 where there was no answer at all. */
 export class Failure extends Error {

@@ -88,6 +88,7 @@ class Chat {
   take({ messages, rankings, ...conversation }) {
     this.conversation = conversation;
     this.rankings = rankings;
+    document.title = `${conversation.title || t("untitled")} · Nestling`;
     this.messages = new Map(messages.map((one) => [one.id, one]));
     this.models.set(conversation.model);
     this.panel.open(conversation);

@@ -51,11 +51,22 @@ function layout(lines, width) {
   const shown = lines.map((line) => ({ ...line, calm: thin(line.noisy ? smooth(line.points) : line.points) }));
   const steps = lines.flatMap((line) => [line.points[0][0], line.points.at(-1)[0]]);
   const x = axis(Math.min(...steps), Math.max(...steps), MARGIN.left, width - MARGIN.right);
-  const values = shown.flatMap(({ calm }) => calm.slice(Math.floor(calm.length / UNSETTLED)).map(([, value]) => value));
+  const noise = (line) => (line.noisy ? usual(settled(thin(line.points))) : []);
+  const values = shown.flatMap((line) => [...settled(line.calm), ...noise(line)]);
   const [low, high] = [Math.min(...values), Math.max(...values)];
   const room = 0.07 * (high - low) || 0.05 * Math.abs(high) || 0.05;
   const y = axis(low - room, high + room, HEIGHT - MARGIN.bottom, MARGIN.top);
   return { width, lines: shown, x, y, toStep: x.back };
+}
+
+function settled(points) {
+  return points.slice(Math.floor(points.length / UNSETTLED)).map(([, value]) => value);
+}
+
+/** Numbers without the few that lie far out. */
+function usual(values) {
+  const few = Math.floor(values.length / 50);
+  return [...values].sort((one, other) => one - other).slice(few, values.length - few);
 }
 
 /** A scale from numbers to pixels, with the round numbers on it. */
@@ -63,7 +74,9 @@ function axis(low, high, from, to) {
   const span = high - low || 1;
   const place = (value) => from + ((value - low) / span) * (to - from);
   const back = (pixel) => low + ((pixel - from) / (to - from)) * span;
-  return { place, back, ticks: roundNumbers(low, high, Math.max(2, Math.abs(to - from) / (from < to ? 70 : 36))) };
+  const ticks = roundNumbers(low, high, Math.max(2, Math.abs(to - from) / (from < to ? 70 : 36)));
+  const tells = (digits) => new Set(ticks.map((value) => told(value, digits))).size === ticks.length;
+  return { place, back, ticks, digits: [3, 4].find(tells) ?? 6 };
 }
 
 /** Multiples of 1, 2 or 5 times a power of ten between two numbers, about so many. */
@@ -84,8 +97,8 @@ export function smooth(points) {
   const sums = [0];
   for (const [, value] of points) sums.push(sums.at(-1) + value);
   return points.map(([step], place) => {
-    const reach = Math.min(half, place, points.length - 1 - place);
-    return [step, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)];
+    const [from, to] = [Math.max(0, place - half), Math.min(points.length, place + half + 1)];
+    return [step, (sums[to] - sums[from]) / (to - from)];
   });
 }
 
@@ -113,25 +126,30 @@ function shapes(plot, at) {
   const bottom = HEIGHT - MARGIN.bottom;
   const grid = y.ticks.flatMap((value) => [
     svg("line", { class: "grid", x1: MARGIN.left, x2: right, y1: y.place(value), y2: y.place(value) }),
-    label(MARGIN.left - 8, y.place(value) + 4, value, "end"),
+    label(MARGIN.left - 8, y.place(value) + 4, value, "end", y.digits),
   ]);
-  const steps = x.ticks.map((value) => label(x.place(value), HEIGHT - 6, value, "middle"));
+  const steps = x.ticks.map((value) => label(x.place(value), HEIGHT - 6, value, "middle", x.digits));
   const [start, wide] = [MARGIN.left - EDGE, right - MARGIN.left + 2 * EDGE]; // what is beyond is cut off
-  const inside = svg("svg", { x: start, width: wide, height: bottom, viewBox: `${start} 0 ${wide} ${bottom}` }, ...plot.lines.flatMap((line, index) => drawn(line, index, plot)));
-  const pointer = at === null ? [] : [svg("line", { class: "pointer", x1: x.place(at), x2: x.place(at), y1: MARGIN.top, y2: bottom })];
+  const shapes = plot.lines.flatMap((line, index) => drawn(line, index, plot));
+  const box = { x: start, width: wide, height: bottom, viewBox: `${start} 0 ${wide} ${bottom}` };
+  const inside = svg("svg", box, ...shapes);
+  const stands = () => svg("line", { class: "pointer", x1: x.place(at), x2: x.place(at), y1: MARGIN.top, y2: bottom });
+  const pointer = at === null ? [] : [stands()];
   return [...grid, ...steps, inside, ...pointer];
 }
 
-function label(x, y, value, anchor) {
-  return svg("text", { x, y, "text-anchor": anchor, text: told(value) });
+function label(x, y, value, anchor, digits) {
+  return svg("text", { x, y, "text-anchor": anchor, text: told(value, digits) });
 }
 
 function drawn(line, index, { x, y }) {
-  const path = (points) => points.map(([step, value], n) => `${n ? "L" : "M"}${x.place(step).toFixed(1)} ${y.place(value).toFixed(1)}`).join("");
+  const place = ([step, value]) => `${x.place(step).toFixed(1)} ${y.place(value).toFixed(1)}`;
+  const path = (points) => points.map((point, n) => `${n ? "L" : "M"}${place(point)}`).join("");
   const shape = [svg("path", { class: `line line-${index % 4}`, d: path(line.calm) })];
   if (line.noisy) shape.unshift(svg("path", { class: `line faint line-${index % 4}`, d: path(thin(line.points)) }));
   if (line.points.length <= 40 && !line.noisy) {
-    shape.push(...line.points.map(([step, value]) => svg("circle", { class: `dot line-${index % 4}`, cx: x.place(step), cy: y.place(value), r: 2.5 })));
+    const dot = ([step, value]) => ({ class: `dot line-${index % 4}`, cx: x.place(step), cy: y.place(value), r: 2.5 });
+    shape.push(...line.points.map((point) => svg("circle", dot(point))));
   }
   return shape;
 }
@@ -139,7 +157,8 @@ function drawn(line, index, { x, y }) {
 /** A line's name with its value at the pointer, else its last one. */
 function entry(line, index, at) {
   const point = at === null ? line.points.at(-1) : line.points.find(([step]) => step === at);
-  return h("span", { class: `line-${index % 4}` }, line.label && `${line.label} `, h("b", { text: point ? told(point[1], 4) : "–" }));
+  const value = h("b", { text: point ? told(point[1], 4) : "–" });
+  return h("span", { class: `line-${index % 4}` }, line.label && `${line.label} `, value);
 }
 
 function step(lines, at) {
@@ -155,6 +174,6 @@ function spoken(title, lines) {
 /** A number in few characters: 12,500 as 12.5K, 0.000625 as 6.25E-4. */
 function told(value, digits = 3) {
   const size = Math.abs(value);
-  const notation = size >= 5_000 && digits < 5 ? "compact" : size && size < 0.001 ? "scientific" : "standard";
+  const notation = size >= 5_000 && digits < 7 ? "compact" : size && size < 0.001 ? "scientific" : "standard";
   return new Intl.NumberFormat(language, { notation, maximumSignificantDigits: digits }).format(value);
 }

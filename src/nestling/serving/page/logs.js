@@ -7,6 +7,7 @@ const ORDER = ["loss", "bpb", "reward", "true_reward", "pairwise_accuracy", "acc
   "lr", "tokens_per_second", "grad_norm"]; // figures that are shown at once; others are folded away
 const ASIDE = new Set(["step", "seconds", "eta", "tokens"]);
 const JOINED = { proxy_reward: "reward", true_reward: "reward" }; // lines that belong into one figure
+const EXACT = new Set(["lr", "beta"]); // set, not measured: nothing to average
 const HELD_OUT = /^val_/;
 
 /** The logs of a run: {stages: {name: {rows, samples}}, load()}, where `load` fetches what is new. */
@@ -41,7 +42,9 @@ export function figuresOf(rows) {
     const base = key.replace(HELD_OUT, "");
     const name = JOINED[base] ?? base;
     if (!figures.has(name)) figures.set(name, []);
-    figures.get(name).push({ label: label(key, base, name), points: found, isHeldOut: HELD_OUT.test(key), noisy: !HELD_OUT.test(key) && found.length > 40 });
+    const isHeldOut = HELD_OUT.test(key);
+    const noisy = !isHeldOut && !EXACT.has(base) && found.length > 40;
+    figures.get(name).push({ label: label(key, base, name), points: found, isHeldOut, noisy });
   }
   for (const lines of figures.values()) {
     if (lines.length === 1 && !lines[0].isHeldOut) lines[0].label = ""; // the title says it

@@ -59,9 +59,9 @@ function answer(message, variants, acts) {
   if (message.thinking) body.append(thoughtPart(message.thinking).element);
   body.append(...stepParts(message.steps));
   body.append(text);
-  if (!message.content) text.append(h("span", { class: "muted", text: t("empty_reply") }));
   const ending = ENDINGS[message.reply?.finish];
   if (ending) body.append(notice(t(ending)));
+  else if (!message.content) text.append(h("span", { class: "muted", text: t("empty_reply") }));
   return article(message, t("assistant"), body, answerBar(message, text, variants, acts));
 }
 

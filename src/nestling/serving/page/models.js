@@ -10,12 +10,14 @@ const KEPT = "nestling.model";
 const AUTO = "auto";
 let served = [];
 let isLoaded = false;
+let isEmpty = false; // a service may show runs whose first model is still to come
 
 /** Load the list of models that chat. */
 export async function loadModels() {
   const found = (await api("/v1/models")).data;
   served = found.filter((model) => model.kind === "chat" || model.id === AUTO);
-  isLoaded = true;
+  isLoaded = found.length > 0;
+  isEmpty = !isLoaded;
   emit("models");
 }
 
@@ -42,8 +44,9 @@ export function toolNames() {
 
 /** One line about who answers. */
 export function introduce(name) {
-  if (!isLoaded) return "";
-  return served.length ? `${name} · ${describe(name)}` : t("no_chat_model");
+  if (!isLoaded && !isEmpty) return "";
+  if (!served.length) return t(isEmpty ? "error_no_model" : "no_chat_model");
+  return `${name} · ${describe(name)}`;
 }
 
 function describe(name) {

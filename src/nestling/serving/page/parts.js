@@ -5,6 +5,8 @@ import { h, showHtml } from "./dom.js";
 import { t } from "./i18n.js";
 import { icon } from "./icons.js";
 
+const UNREAD = /<tool_call>([\s\S]*?)(?:<\/tool_call>|$)/g;
+
 /** The text of a reply from the service's HTML; without HTML (the service is gone) as it is. */
 export function textPart(html, plain = "") {
   const element = h("div", { class: html === undefined ? "prose plain" : "prose", testid: "message-text" });
@@ -89,20 +91,29 @@ export function toolPart(name, given) {
 /** The calls and results of a stored reply, with what was said before each call. */
 export function stepParts(steps) {
   const parts = [];
-  const open = [];
+  let open = [];
   for (const step of steps) {
     if (step.role === "tool") {
       open.shift()?.end(step.content ?? "");
       continue;
     }
-    if (step.content) parts.push(h("div", { class: "prose plain", text: step.content }));
-    for (const call of step.tool_calls ?? []) {
-      const part = toolPart(call.function.name, call.function.arguments);
-      open.push(part);
-      parts.push(part.element);
-    }
+    const { said, unread } = apart(step.content ?? "");
+    if (said) parts.push(h("div", { class: "prose plain", text: said }));
+    const calls = (step.tool_calls ?? []).map((call) => toolPart(call.function.name, call.function.arguments));
+    open = [...calls, ...unread.map((text) => toolPart("", text))]; // in the order of their results
+    parts.push(...open.map((part) => part.element));
   }
   return parts;
+}
+
+/** What was said in a step, and the calls in it that could not be read: they stand in its text as they were written. */
+function apart(content) {
+  const unread = [];
+  const said = content.replace(UNREAD, (whole, call) => {
+    unread.push(call);
+    return "";
+  });
+  return { said: said.trim(), unread };
 }
 
 /** Arguments on lines of their own; one argument that is text (a program, a formula) as that text. */

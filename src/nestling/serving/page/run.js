@@ -118,7 +118,8 @@ function learningPart() {
 }
 
 function tab(name, isChosen, choose) {
-  const box = h("input", { type: "radio", name: "runs-stage", value: name, checked: isChosen, data: { testid: "stage-tab", name } });
+  const data = { testid: "stage-tab", name };
+  const box = h("input", { type: "radio", name: "runs-stage", value: name, checked: isChosen, data });
   box.addEventListener("change", () => choose(name));
   return h("label", { class: "chip" }, box, h("span", { text: name }));
 }
@@ -152,7 +153,8 @@ function samplesPart() {
 }
 
 function sample(row) {
-  return h("pre", { class: "sample", data: { testid: "sample" } }, h("b", { text: asText(row.prompt) }), row.text ?? row.completion ?? "");
+  const said = row.text ?? row.completion ?? "";
+  return h("pre", { class: "sample", data: { testid: "sample" } }, h("b", { text: asText(row.prompt) }), said);
 }
 
 /** A prompt as text: messages one below the other. */
@@ -181,10 +183,12 @@ function settingsPart() {
 
 function settingsOf(stage) {
   const reads = Object.entries(stage.reads).map(([role, path]) => [`reads.${role}`, path]);
-  const rows = [...flat(stage.settings), ...reads].map(([key, value]) => line(h("code", { text: key }), h("code", { text: JSON.stringify(value) })));
+  const code = (text) => h("code", { text });
+  const rows = [...flat(stage.settings), ...reads].map(([key, value]) => line(code(key), code(JSON.stringify(value))));
   const figures = Object.entries(stage.figures).map(([key, value]) => line(key.replaceAll("_", " "), decimal(value, 4)));
   return h("details", { class: "card", data: { testid: "settings", name: stage.name } },
-    h("summary", {}, h("strong", { text: stage.name }), stage.kind !== stage.name && h("span", { class: "muted", text: ` ${stage.kind}` })),
+    h("summary", {}, h("strong", { text: stage.name }),
+      stage.kind !== stage.name && h("span", { class: "muted", text: ` ${stage.kind}` })),
     figures.length > 0 && table(t("runs_came_to"), figures), table(t("runs_settings"), rows));
 }
 
@@ -198,15 +202,17 @@ function line(name, value) {
 
 /** Nested settings under dotted names, as --set takes them. */
 function flat(settings, prefix = "") {
-  return Object.entries(settings).flatMap(([key, value]) => (value && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length
-    ? flat(value, `${prefix}${key}.`) : [[`${prefix}${key}`, value]]));
+  const isNested = (value) => value && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length;
+  return Object.entries(settings).flatMap(([key, value]) =>
+    (isNested(value) ? flat(value, `${prefix}${key}.`) : [[`${prefix}${key}`, value]]));
 }
 
 /** The finished report, in a frame that can run nothing. */
 function reportPart() {
   const place = h("div");
   const own = h("a", { target: "_blank", rel: "noopener", text: t("runs_report_alone") });
-  const element = h("section", { class: "run-part", hidden: true }, h("div", { class: "beside" }, h("h2", { text: t("runs_report") }), own), place);
+  const head = h("div", { class: "beside" }, h("h2", { text: t("runs_report") }), own);
+  const element = h("section", { class: "run-part", hidden: true }, head, place);
   return {
     element,
     update(address) {

@@ -41,7 +41,8 @@ function update(list, runs) {
     item.firstChild.replaceChildren(...card(run));
     return item;
   });
-  if (items.some((item, place) => list.children[place] !== item) || list.children.length !== items.length) list.replaceChildren(...items);
+  const isSame = list.children.length === items.length && items.every((item, place) => list.children[place] === item);
+  if (!isSame) list.replaceChildren(...items);
 }
 
 function card(run) {

@@ -22,7 +22,7 @@ from nestling.training.settings import TrainSettings
 
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's quintic: steep at zero, so small singular values rise fast
-MEMORY = {"hidden": 4, "other": 8, "scratch": 12}  # bytes per weight: kept of hidden matrices and others, and for a while
+MEMORY = {"hidden": 4, "other": 8, "scratch": 15}  # bytes per weight: kept of hidden matrices and others, and for a while
 ADAM_SHARE = 0.2  # of the matrices' learning rate, where the settings name none
 
 

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 LIMITS = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
@@ -33,6 +35,8 @@ def free_memory(device: torch.device | str = "cpu", share: int = 1) -> Room | No
     Args:
         share: processes of this run on this machine, which divide a CPU's memory among them.
     """
+    import torch  # here, because it takes seconds
+
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -134,6 +138,8 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
+            import torch
+
             torch.cuda.reset_peak_memory_stats(device)
         else:
             try:
@@ -144,6 +150,8 @@ class PeakMemory:
     def read(self) -> int:
         """Bytes."""
         if self._device.type == "cuda":
+            import torch
+
             return torch.cuda.max_memory_allocated(self._device)
         if (marked := proc_numbers(Path("/proc/self/status")).get("VmHWM")) is not None:
             return marked
@@ -153,5 +161,7 @@ class PeakMemory:
 def held_memory(device: torch.device) -> int:
     """Bytes that the process holds now, or that its tensors do on a GPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.memory_allocated(device)
     return proc_numbers(Path("/proc/self/status")).get("VmRSS", 0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nestling.planning import machine
-from nestling.planning.machine import PeakMemory, free_memory, held_memory, usable_cores
+from nestling.core import machine
+from nestling.core.machine import PeakMemory, free_memory, held_memory, usable_cores
 
 MB = 1 << 20
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
