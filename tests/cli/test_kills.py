@@ -3,7 +3,7 @@
 Every kill has a run of its own, which is then taken up once and must end as the run that nobody disturbed. Times and
 instants follow from a seed: half are drawn from the whole duration, half fall shortly after something began to be written.
 
-    NESTLING_KILLS=50 pytest tests/cli/test_kills.py        fifty kills; `make test` does eight
+    NESTLING_KILLS=50 pytest tests/cli/test_kills.py        fifty kills; `make test` does six
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calls import CALM, TINY, CommandLine
 
 from nestling.core.storage import content_hash
 
-KILLS, SEED = int(os.environ.get("NESTLING_KILLS", "8")), int(os.environ.get("NESTLING_KILL_SEED", "1"))
+KILLS, SEED = int(os.environ.get("NESTLING_KILLS", "6")), int(os.environ.get("NESTLING_KILL_SEED", "1"))
 STAGES = ("pretrain", "sft")
 OFTEN = [word for stage in STAGES for word in ("--set", f"{stage}.training.save_every=0")]  # saves in every step
 WORDS = ("run", TINY, *CALM, "--until", "sft", *OFTEN)

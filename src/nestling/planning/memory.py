@@ -73,6 +73,9 @@ class Memory:
     scratch: int = 0
     """What the optimiser takes for a while in a step."""
     activations: int = 0
+    """What the forward pass keeps."""
+    passing: int = 0
+    """What a block's backward pass takes for a while, after the loss is done."""
     loss: int = 0
     cache: int = 0
     """Keys and values."""
@@ -84,9 +87,10 @@ class Memory:
         """The worst of two moments: the backward pass begins, or the optimiser steps. In a heap, nearly both."""
         held = self.weights + self.states + self.cache
         if self.heap:
-            fresh = WASTE * (self.activations + self.loss) + FRESH * max(self.summed, self.gradients)
+            fresh = WASTE * (self.activations + self.passing + self.loss) + FRESH * max(self.summed, self.gradients)
             return held + int(fresh) + self.scratch
-        return held + max(self.summed + self.activations + self.loss, self.gradients + self.scratch)
+        backward = self.activations + max(self.passing, self.loss)
+        return held + max(self.summed + backward, self.gradients + self.scratch)
 
     def __add__(self, other: Memory) -> Memory:
         """Two models at work in one step."""
@@ -112,7 +116,8 @@ def training_memory(config: DecoderConfig, how: Learning, weights: Weights | Non
         summed=4 * counts.learnt if several else 0,
         gradients=(4 + (size if several and copied else 0)) * counts.learnt,
         scratch=how.optimiser["scratch"] * counts.hidden,
-        activations=found.kept + found.passing,
+        activations=found.kept,
+        passing=found.passing,
         loss=loss_memory(config, how.batch) if how.logits else 0,
         heap=heap,
     )

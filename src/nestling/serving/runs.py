@@ -140,7 +140,7 @@ def _summary(name: str, folder: Path) -> Row:
     state = _state(folder, diary, stages)
     unfinished = [stage for stage in stages if stage["state"] == "waiting"]
     if unfinished and state != "finished":
-        unfinished[0] |= {"state": state, **(_progress(folder, unfinished[0]["name"]) if state == "running" else {})}
+        unfinished[0] |= {"state": state, **_progress(folder, unfinished[0]["name"])}
     return {
         "name": name, "title": recipe.get("name", name), "description": recipe.get("description", ""),
         "seed": recipe.get("seed"), "state": state, "error": diary.get("error", "") if state == "failed" else "",

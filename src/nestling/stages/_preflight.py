@@ -228,7 +228,7 @@ def _counted(modules: dict[str, nn.Module]) -> Weights:
 
 def _too_large(name: str, memory: Memory, more: int, room: Room, remedies: Sequence[str]) -> UserError:
     parts = {"weights": memory.weights, "optimiser": memory.states, "gradients": memory.gradients}
-    parts |= {"activations": memory.activations, "loss": memory.loss}
+    parts |= {"activations": memory.activations + memory.passing, "loss": memory.loss}
     listed = ", ".join(f"{part} {size / GB:.2f}" for part, size in parts.items() if size)
     what = f"a step takes about {more / GB:.2f} GB more memory ({listed}), and {room.free / GB:.2f} GB {room.source} is free"
     ways = " or ".join(remedies) or "a smaller batch, a shorter context or a smaller model"
