@@ -28,10 +28,10 @@ from nestling.generation.engine import Engine
 from nestling.generation.packed import pack
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
+from nestling.interop.gguf import export_gguf
 from nestling.model.checkpoint import Checkpoint, load, save
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
-from nestling.model.gguf import export_gguf
 from nestling.model.hub import make_config
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.special import CHAT

@@ -18,9 +18,9 @@ from pathlib import Path
 import openai
 
 from nestling.core.types import Conversation
-from nestling.evaluation.agreement import conversations, prompt_ids
+from nestling.interop.agreement import conversations, prompt_ids
+from nestling.interop.gguf import export_gguf
 from nestling.model import checkpoint
-from nestling.model.gguf import export_gguf
 from nestling.model.locate import checkpoint_folder
 from nestling.tokenizer.special import CALL_START
 from serving import free_port, server

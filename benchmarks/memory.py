@@ -21,6 +21,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nestling.core.machine import PeakMemory, held_memory
+from nestling.core.registry import find
+from nestling.core.runtime import Runtime, detect
+from nestling.loading.batches import TokenBatch
+from nestling.model.config import DecoderConfig
+from nestling.model.decoder import build
+from nestling.model.hub import make_config
+from nestling.objectives.next_token import NextToken, Settings
+from nestling.planning.activations import Microbatch
+from nestling.planning.memory import Learning, training_memory
+from nestling.training import loop
+from nestling.training.hooks import Hook, Run
+from nestling.training.settings import TrainSettings
+
 PAGES = "262144"  # bytes from which glibc maps memory, instead of cutting it from its heap
 SMALL = {"d_model": 256, "n_layers": 6, "n_heads": 4, "vocab_size": 4096, "context": 256}
 GPT = {"architecture": "gpt2", "d_model": 384, "n_layers": 4, "n_heads": 6, "vocab_size": 8192, "context": 512}
@@ -38,57 +54,51 @@ JOBS: list[dict[str, Any]] = [
 ]
 
 
+class Rows:
+    """Batches of random ids."""
+
+    def __init__(self, config: DecoderConfig, rows: int) -> None:
+        self.vocabulary, self.shape = config.vocab_size, (rows, config.context)
+
+    def batch(self, step: int) -> TokenBatch:
+        """The batch of a step."""
+        stream, (rows, width) = torch.Generator().manual_seed(step), self.shape
+        ids = torch.randint(0, self.vocabulary, (rows, width + 1), generator=stream)
+        places = torch.arange(width).expand(self.shape)
+        ones, zeros = torch.ones(self.shape), torch.zeros(self.shape, dtype=torch.long)
+        return TokenBatch(ids[:, :-1], ids[:, 1:], ones, places, zeros)
+
+
+class Watch(Hook):
+    """The most memory held in the steps so far."""
+
+    def on_start(self, run: Run) -> None:
+        """Begin."""
+        self.memory = PeakMemory(run.runtime.device)
+
+    def on_step(self, run: Run) -> None:
+        """Look."""
+        self.peak = self.memory.read()
+
+
+def trained(config: DecoderConfig, rows: int, job: dict[str, Any], runtime: Runtime) -> int:
+    """Train a few steps; the peak in bytes."""
+    settings = TrainSettings(
+        steps=3, optimizer=job["optimizer"], recompute=job.get("recompute", "none"), compile=job.get("compile", "off"),
+        save_every=1e9,
+    )  # fmt: skip
+    watch, model = Watch(), build(config).to(runtime.device)
+    lengths = torch.ones(config.vocab_size).long()
+    objective = NextToken(Settings(microbatches=job.get("pieces", 1)), model, Rows(config, rows), lengths, None)
+    with tempfile.TemporaryDirectory() as folder:
+        loop.train(objective, settings, folder=Path(folder), runtime=runtime, seed=1, hooks=[watch], quiet=True)
+    return watch.peak
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Train a few steps on random ids; bytes predicted before and measured after."""
-    import torch
-
-    from nestling.core.machine import PeakMemory, held_memory
-    from nestling.core.registry import find
-    from nestling.core.runtime import detect
-    from nestling.loading.batches import TokenBatch
-    from nestling.model.config import DecoderConfig
-    from nestling.model.decoder import build
-    from nestling.model.hub import make_config
-    from nestling.objectives.next_token import NextToken, Settings
-    from nestling.planning.activations import Microbatch
-    from nestling.planning.memory import Learning, training_memory
-    from nestling.training import loop
-    from nestling.training.hooks import Hook, Run
-    from nestling.training.loop import train
-    from nestling.training.settings import TrainSettings
-
+    """Bytes predicted before and measured after."""
     runtime = detect(job.get("device", "cpu"), job.get("precision", "bf16"))
     pieces, recompute = job.get("pieces", 1), job.get("recompute", "none")
-    settings = TrainSettings(
-        steps=3, optimizer=job["optimizer"], recompute=recompute, compile=job.get("compile", "off"), save_every=1e9
-    )
-
-    class Rows:
-        def __init__(self, config: DecoderConfig, rows: int) -> None:
-            self.vocabulary, self.shape = config.vocab_size, (rows, config.context)
-
-        def batch(self, step: int) -> TokenBatch:
-            stream, (rows, width) = torch.Generator().manual_seed(step), self.shape
-            ids = torch.randint(0, self.vocabulary, (rows, width + 1), generator=stream)
-            places = torch.arange(width).expand(self.shape)
-            ones, zeros = torch.ones(self.shape), torch.zeros(self.shape, dtype=torch.long)
-            return TokenBatch(ids[:, :-1], ids[:, 1:], ones, places, zeros)
-
-    class Watch(Hook):
-        def on_start(self, run: Run) -> None:
-            self.memory = PeakMemory(runtime.device)
-
-        def on_step(self, run: Run) -> None:
-            self.peak = self.memory.read()
-
-    def trained(config: DecoderConfig, rows: int) -> int:
-        watch, model = Watch(), build(config).to(runtime.device)
-        lengths = torch.ones(config.vocab_size).long()
-        objective = NextToken(Settings(microbatches=pieces), model, Rows(config, rows), lengths, None)
-        with tempfile.TemporaryDirectory() as folder:
-            train(objective, settings, folder=Path(folder), runtime=runtime, seed=1, hooks=[watch], quiet=True)
-        return watch.peak
-
     config, rows = make_config(job["model"]), job["rows"]
     batch = Microbatch(rows // pieces, config.context, runtime.dtype, str(runtime.device), packed=True)
     optimiser = find("training.optimizers", job["optimizer"]).MEMORY
@@ -96,9 +106,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if not heap:
         loop.keep_freed_memory = lambda: None
     predicted = training_memory(config, Learning(batch, optimiser, pieces, recompute == "blocks", heap=heap))
-    trained(make_config({"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 64, "context": 16}), pieces)
+    toy = make_config({"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 64, "context": 16})
+    trained(toy, pieces, job, runtime)
     before = held_memory(runtime.device)  # everything is loaded
-    return {"predicted": predicted.peak, "measured": trained(config, rows) - before, **asdict(predicted)}
+    measured = trained(config, rows, job, runtime) - before
+    return {"predicted": predicted.peak, "measured": measured, **asdict(predicted)}
 
 
 def apart(job: dict[str, Any]) -> dict[str, Any]:

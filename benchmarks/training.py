@@ -67,7 +67,13 @@ def ours(setup: Setup, steps: int) -> Figures:
     """Run Nestling's pre-training for so many steps."""
     with tempfile.TemporaryDirectory() as folder:
         _recipe(Path(folder, "training.yaml"), setup.run, steps)
-        command = [str(Path(sys.executable).with_name("nestling")), "run", f"{folder}/training.yaml", "--out", f"{folder}/run"]
+        command = [
+            str(Path(sys.executable).with_name("nestling")),
+            "run",
+            f"{folder}/training.yaml",
+            "--out",
+            f"{folder}/run",
+        ]
         extra = [part for setting in setup.settings for part in ("--set", setting)]
         _, seconds, memory = _call([*command, "--threads", str(setup.threads), "--quiet", *extra])
         rows = [json.loads(line) for line in Path(folder, "run/pretrain/metrics.jsonl").read_text().splitlines()]
@@ -122,15 +128,16 @@ def _call(command: list[str]) -> tuple[str, float, float]:
 
 def table(found: dict[str, list[Figures]], race: bool) -> None:
     """Medians of each contender, ratios and bars."""
-    middle = {
-        name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
-    }
+    middle = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
     mine = middle.get(OURS)
     for name, row in middle.items():
-        line = f"{name:14} {row['tokens_per_second']:8,.0f} tokens/s {row['memory_gb']:5.2f} GB {row['steps']:5.0f} steps"
+        line = (
+            f"{name:14} {row['tokens_per_second']:8,.0f} tokens/s {row['memory_gb']:5.2f} GB {row['steps']:5.0f} steps"
+        )
         line += f" {row['seconds']:6.1f} s  loss {row['val_loss']:.4f}"
         if mine and name != OURS:
-            line += f"  ours {mine['tokens_per_second'] / row['tokens_per_second']:.2f} x, {mine['val_loss'] - row['val_loss']:+.3f} nats"
+            ratio, gap = mine["tokens_per_second"] / row["tokens_per_second"], mine["val_loss"] - row["val_loss"]
+            line += f"  ours {ratio:.2f} x, {gap:+.3f} nats"
         print(line + (f"  {row['utilisation']:.0%} of the measured peak" if "utilisation" in row else ""))
     for kind, bar in BARS.items() if mine else ():
         rivals = [row for name, row in middle.items() if name.startswith(kind)]
@@ -154,8 +161,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[*PEERS, OURS])
     parser.add_argument("--set", nargs="*", default=[], help="settings of ours, as of `nestling run --set`")
-    parser.add_argument("--rates", nargs="*", default=[], help="peak learning rates of peers: trainer=0.001 or plain=0.003")
-    parser.add_argument("--log", type=Path, help="a file that gets each run's line; what it holds already joins the table")
+    parser.add_argument(
+        "--rates", nargs="*", default=[], help="peak learning rates of peers: trainer=0.001 or plain=0.003"
+    )
+    parser.add_argument(
+        "--log", type=Path, help="a file that gets each run's line; what it holds already joins the table"
+    )
     asked = parser.parse_args()
     rates = dict(pair.split("=") for pair in asked.rates)
     setup = Setup(asked.run, asked.race or asked.seconds, bool(asked.race), asked.threads, asked.set, rates)

@@ -78,9 +78,7 @@ def test_loss_and_gradients_with_expert_balance_are_those_of_transformers() -> N
     loss_of(terms, {**update.counts, MICROBATCH: 1}).backward()
     router = ours.blocks[0].feed_forward.router.weight.grad
     torch.testing.assert_close(router, theirs.model.layers[0].mlp.gate.weight.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_microbatch_gets_the_balance_of_its_own_rows() -> None:

@@ -127,3 +127,12 @@ def test_a_failed_page_leaves_the_old_report(make_run, monkeypatch):
     with pytest.raises(Broken):
         build_report(run)
     assert (run / "report.json").read_bytes() == before
+
+
+def test_where_the_loss_stands_is_said_beside_the_baselines(tmp_path, add_stage):
+    rows = [{"step": n, "loss": 5.0 - 0.01 * n, "tokens": 4000 * n} for n in range(1, 201)]
+    expected = {"chance": 7.6, "unigram": 6.0, "ngram": 3.0, "corpus_tokens": 1e6}
+    add_stage(tmp_path, "pretrain", {"val_bpb": 1.0, "expected": expected}, rows)
+    verdict = build_report(tmp_path)["stages"]["pretrain"]["verdict"]
+    assert verdict.startswith("The loss of 3.04 is 98% of the way from unigram counts (6) to a 5-gram model (3)")
+    assert "reference runs were at 63% to 118% after 8.0e+05 tokens" in verdict

@@ -46,11 +46,23 @@ def test_nothing_stands_out_in_a_good_run(make_run):
         (stage("ppo", rows=[{"step": n, "entropy": 2 * 0.9**n} for n in range(60)]), "hardly varies"),
         (stage("ppo", rows=[{"step": n, "response_tokens": 10 + n} for n in range(60)]), "is length what is rewarded"),
         (stage("corpus", {"skipped_rows": 3}), "3 bad rows"),
+        (stage("pretrain", {"leaked_share": 0.1}), "10% of the held-out documents stand in the training text"),
+        (stage("pretrain", {"copied_share": 0.2}), "20% of the training documents are copies"),
+        (stage("pretrain", {"repeated_share": 0.3, "epochs": 1.0}), "30% of the rows came more often than 1 passes"),
+        (stage("pretrain", {"epochs": 6.0}), "The text was read 6.0 times"),
+        (stage("pretrain", {"expected": {"chance": 7.6}}, losses(*[7.6] * 60)), "guessing gives 7.6: nothing has been"),
         (StageRecord("sft", "sft"), "begun and not completed"),
     ],
 )
 def test_each_fault_is_named(bad, sentence):
     assert sentence in findings(bad)
+
+
+def test_every_fault_comes_with_something_to_try():
+    curve = losses(*map(falling, range(100)), *(1 + n / 20 for n in range(100)))
+    settings = {"training": {"learning_rate": 0.03}}
+    bad = StageRecord("sft", "sft", settings=settings, rows=curve, finished="2026-01-01T00:00:00+00:00")
+    assert "training came apart. Try training.learning_rate: 0.01." in findings(bad)
 
 
 def test_exploiting_the_reward_model_is_noticed(over_optimised_rows):

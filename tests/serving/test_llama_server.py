@@ -15,7 +15,7 @@ import pytest
 
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import build
-from nestling.model.gguf import export_gguf
+from nestling.interop.gguf import export_gguf
 from nestling.tokenizer.special import CALL_START
 
 NEEDED = ("llama_cpp", "starlette_context", "pydantic_settings", "gguf")

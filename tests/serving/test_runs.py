@@ -89,7 +89,7 @@ def test_looking_on_does_not_keep_a_run_from_starting(folder):
     run = make_run(folder / "a")
     (run / ".lock").touch()
     code = ("import sys; from pathlib import Path; from nestling.core.storage import is_locked\n"
-            "print('x', flush=True)\nwhile True: is_locked(Path(sys.argv[1]))")  # fmt: skip
+            "import time; print('x', flush=True)\nwhile True: is_locked(Path(sys.argv[1])); time.sleep(0.0005)")  # fmt: skip
     with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE) as watcher:
         try:
             assert watcher.stdout is not None

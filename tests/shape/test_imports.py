@@ -22,6 +22,7 @@ FOLDERS = (
     "evaluation",
     "report",
     "serving",
+    "interop",
     "lineage",
     "stages",
     "cli",

@@ -14,10 +14,10 @@ from nestling.cli.models import ModelArgument
 from nestling.cli.opening import open_writer
 from nestling.core.metrics import say
 from nestling.core.runtime import detect
-from nestling.evaluation.agreement import Agreement, compare, conversations, reference_cases
-from nestling.evaluation.readers import open_readers
+from nestling.interop.agreement import Agreement, compare, conversations, reference_cases
+from nestling.interop.gguf import export_gguf
+from nestling.interop.readers import open_readers
 from nestling.model import checkpoint, peft
-from nestling.model.gguf import export_gguf
 from nestling.model.locate import checkpoint_folder
 
 SHOWN_COMPLAINTS = 5

@@ -10,8 +10,8 @@ import typer
 from nestling.cli.models import ModelArgument
 from nestling.core.errors import UserError
 from nestling.core.metrics import say
+from nestling.interop.importing import import_checkpoint
 from nestling.model import checkpoint, peft
-from nestling.model.importing import import_checkpoint
 from nestling.model.locate import checkpoint_folder
 
 OutOption = Annotated[Path, typer.Option(help="The folder to write.")]

@@ -74,7 +74,7 @@ def detect(device: str = "auto", dtype: str = "auto", threads: int | None = None
         raise UserError("unknown precision", where="--dtype", value=dtype, fix=f"use auto, {', '.join(DTYPES)}")
     if device.split(":")[0] not in ("auto", *DEVICES):
         raise UserError("unknown device", where="--device", value=device, fix="use auto, cpu, cuda or mps")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors on huge pages; torch looks once, at its first one
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors; torch looks at its first one
     import torch
 
     chosen = _device(device)
@@ -135,10 +135,10 @@ def give_back_freed_memory() -> None:
 
 
 def _tune_malloc(options: Mapping[int, int]) -> None:
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if hasattr(library, "mallopt"):
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
         for option, value in options.items():
-            library.mallopt(option, value)
+            mallopt(option, value)
 
 
 _KEEPING = {-4: 0, -1: -1, -2: 1 << 26}

@@ -28,6 +28,7 @@ from nestling.core.errors import UserError
 T = TypeVar("T")
 BadRows = Literal["stop", "skip"]
 _TEMPORARY = re.compile(r"\..*\.\d+\.(tmp|old)|\.\d+\.tmp\..*")
+GLANCES = 20  # times that a lock is tried again
 MAX_LINE = 64 * 1024 * 1024  # characters; a longer "line" is a file of another kind
 
 
@@ -361,12 +362,15 @@ class FolderLock:
         self._file.close()
 
     def _take(self) -> None:
-        """Lock, once more where somebody was only looking (`is_locked`)."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        """Lock; tried for half a second, since somebody may only be looking (`is_locked`)."""
+        for patience in range(GLANCES, -1, -1):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if not patience:
+                    raise
+            time.sleep(0.5 / GLANCES)
 
 
 def is_locked(folder: Path) -> bool:

@@ -59,12 +59,12 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if scene.rotation is not None:
             q, k = rotate(q, scene.rotation), rotate(k, scene.rotation)
-        if memory is None:  # in the products' order, so that they and their transposes are read in place
-            k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()  # [B, H_kv, S, K]
+        if memory is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H_kv, S, K]
         else:
             k, v = memory.extend(k, v)
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(q.transpose(1, 2).contiguous(), k, v, scene.mask, dropout, aligned=memory is None)
+        mixed = attend(q.transpose(1, 2), k, v, scene.mask, dropout, aligned=memory is None)
         return self.output(mixed.transpose(1, 2).reshape(b, t, self.heads * self.head).to(x.dtype))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,9 +99,8 @@ def in_strips(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, str
     done = []
     for start in range(0, q.shape[2], strip):
         rows, seen = slice(start, start + strip), slice(0, start + strip)
-        part = _explicit(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask[:, :, rows, seen], dropout)
-        done.append(part.transpose(1, 2))
-    return torch.cat(done, 1).transpose(1, 2)  # heads of a token side by side in memory, as the output layer reads them
+        done.append(_explicit(q[:, :, rows], k[:, :, seen], v[:, :, seen], mask[:, :, rows, seen], dropout))
+    return torch.cat(done, 2)
 
 
 def explicit_pays(device: torch.device, keys: int) -> bool:

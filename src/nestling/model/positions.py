@@ -141,8 +141,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the pairs (x[i], x[i + K/2]) of [B, T, H, K]; the pairing is the one of Llama checkpoints."""
     cos, sin = rotation
     first, second = x.float().chunk(2, -1)
-    halves = first * cos - second * sin, second * cos + first * sin
-    return torch.cat([half.to(x.dtype) for half in halves], -1)  # rounded before they are joined: less memory is written
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def alibi_slopes(heads: int) -> list[float]:

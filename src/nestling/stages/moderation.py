@@ -56,7 +56,7 @@ CATEGORIES = (
     "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
 """The names of OpenAI's moderation endpoint."""
-SHARES = tuple(np.linspace(1, 0.05, 20).tolist())
+SHARES = tuple(n / 20 for n in range(20, 0, -1))
 """Of a category's false-positive rate that are tried, from loose to strict."""
 MACRO = ("f1", "precision", "recall", "auc", "calibration_error")
 SUFFIXES = {"": "value", "_interval": "interval", "_n": "n"}

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from nestling.core.storage import read_json, write_json
-from nestling.model.norms import LayerNorm, RMSNorm
 
 WATCHED = (2, 3, 4)  # steps whose time the choice rests on; the first one also warms caches
 COST = 25.0  # seconds to compile forward and backward of one block; 22 to 28 cold, 10 from the cache, on two Zen 5 cores
@@ -29,7 +28,6 @@ class Compiler:
 
     def __init__(self, choice: str, modules: Mapping[str, nn.Module], record: Path, say: Callable[[str], None]) -> None:
         self._blocks, self._say, self._record = repeated_blocks(modules), say, record
-        self._norms = norms_outside(modules, self._blocks) if self._blocks else []
         self._times: list[float] = []
         self._active = False
         self._from: int | None = {"on": 1, "off": 0}.get(choice)  # the first compiled step; 0: never
@@ -47,7 +45,7 @@ class Compiler:
                 self._say(f"compile: off, {missing}; training goes on uncompiled")
                 self._from = 0
                 return
-            compile_blocks([*self._blocks, *self._norms], self._say)
+            compile_blocks(self._blocks, self._say)
 
     def after(self, step: int, steps: int, seconds: float) -> None:
         """Learn how long `step` took, and decide when enough steps are known."""
@@ -66,8 +64,8 @@ class Compiler:
 
     def close(self) -> None:
         """Give the blocks their plain call back."""
-        for part in (*self._blocks, *self._norms):
-            part._compiled_call_impl = None
+        for block in self._blocks:
+            block._compiled_call_impl = None
 
 
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -81,14 +79,6 @@ def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
                 if len({type(block) for block in part}) == 1:
                     blocks += list(part)
     return blocks
-
-
-def norms_outside(modules: Mapping[str, nn.Module], blocks: list[nn.Module]) -> list[nn.Module]:
-    """The norms that are in none of the blocks, as a decoder's last: in single operations one costs as much as a block's
-    whole arithmetic outside of matrix products."""
-    inside = {id(part) for block in blocks for part in block.modules()}
-    parts = [part for module in modules.values() for part in module.modules() if isinstance(part, RMSNorm | LayerNorm)]
-    return [part for part in dict.fromkeys(parts) if id(part) not in inside]
 
 
 def missing_compiler(blocks: list[nn.Module]) -> str | None:
@@ -110,19 +100,19 @@ def compile_blocks(blocks: list[nn.Module], say: Callable[[str], None]) -> None:
 
     Generation calls a block with ever-changing shapes and a cache, which would compile again and again.
     """
-    switch = {"on": True, "rehearsed": set()}
+    switch = {"on": True}
     for block in blocks:
         block._compiled_call_impl = _dispatch(block, switch, say)  # type: ignore[assignment]
 
 
-def _dispatch(block: nn.Module, switch: dict[str, Any], say: Callable[[str], None]) -> Callable[..., Any]:
+def _dispatch(block: nn.Module, switch: dict[str, bool], say: Callable[[str], None]) -> Callable[..., Any]:
     compiled = torch.compile(block._call_impl)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (switch["on"] and torch.is_grad_enabled() and block.training):
             return block._call_impl(*args, **kwargs)
-        if type(block) not in switch["rehearsed"]:
-            switch["rehearsed"].add(type(block))
+        if "rehearsed" not in switch:
+            switch["rehearsed"] = True
             switch["on"] = _rehearsed(compiled, block, args, kwargs, say)
         return (compiled if switch["on"] else block._call_impl)(*args, **kwargs)
 

@@ -15,5 +15,5 @@ and, where REFERENCE is a class, the road to and from the Hugging Face folder:
     export_weights  export_weights(state, config) -> state under the family's names
     import_weights  import_weights(state, config) -> state under ours
 
-and, where llama.cpp computes the family, GGUF, the name of its graph there (see model/gguf.py).
+and, where llama.cpp computes the family, GGUF, the name of its graph there (see interop/gguf.py).
 """

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from nestling.core.errors import UserError
+from nestling.interop.foreign_tokenizer import find_tokenizer
+from nestling.interop.importing import import_checkpoint
 from nestling.model import checkpoint
-from nestling.model.foreign_tokenizer import find_tokenizer
-from nestling.model.importing import import_checkpoint
 from nestling.tokenizer.bpe import Tokenizer
 
 VOCAB, CONTEXT = 300, 16

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nestling.core.errors import UserError
-from nestling.evaluation.agreement import Case, compare, conversations, reference_cases
-from nestling.evaluation.readers import EngineReader, open_readers
+from nestling.interop.agreement import Case, compare, conversations, reference_cases
+from nestling.interop.readers import EngineReader, open_readers
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import build

@@ -12,9 +12,9 @@ import torch
 
 from nestling.core.errors import UserError
 from nestling.core.types import Message
+from nestling.interop.gguf import export_gguf
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import build
-from nestling.model.gguf import export_gguf
 from nestling.model.hub import make_config
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import CHAT_TEMPLATE, render

@@ -8,8 +8,8 @@ import pytest
 from families import FORMS, make
 from toys.models import random_model
 
-from nestling.evaluation.agreement import compare, conversations, reference_cases
-from nestling.evaluation.readers import open_readers
+from nestling.interop.agreement import compare, conversations, reference_cases
+from nestling.interop.readers import open_readers
 from nestling.model.checkpoint import Checkpoint, save
 from nestling.tokenizer.bpe import Tokenizer
 

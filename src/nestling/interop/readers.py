@@ -15,12 +15,12 @@ from torch import Tensor
 from nestling.core.errors import UserError
 from nestling.core.storage import read_json
 from nestling.core.types import Conversation
-from nestling.evaluation.agreement import Case, Reader, largest_difference, plain_text, prompt_ids
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
+from nestling.interop.agreement import Case, Reader, largest_difference, plain_text, prompt_ids
+from nestling.interop.gguf import Precision, export_gguf
 from nestling.model.checkpoint import Checkpoint, save
-from nestling.model.gguf import Precision, export_gguf
 from nestling.model.hub import OWN_FORM
 from nestling.tokenizer.bpe import Tokenizer
 

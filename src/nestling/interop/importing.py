@@ -19,10 +19,11 @@ from torch import Tensor
 from nestling.core import registry
 from nestling.core.errors import UserError
 from nestling.core.storage import read_json
-from nestling.model import hub, llama2c
+from nestling.interop import llama2c
+from nestling.interop.foreign_tokenizer import find_tokenizer
+from nestling.model import hub
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import Decoder
-from nestling.model.foreign_tokenizer import find_tokenizer
 
 USUAL = ("ckpt.pt", "pytorch_model.bin.index.json", "pytorch_model.bin", "model.bin", "model.pt")
 """Names of files by which a folder is recognised, the surest first."""

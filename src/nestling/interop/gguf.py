@@ -20,9 +20,9 @@ from torch import Tensor
 from nestling.core import registry
 from nestling.core.errors import UserError
 from nestling.core.storage import disk_error
+from nestling.interop.gguf_tokenizer import write_tokenizer
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.config import DecoderConfig
-from nestling.model.gguf_tokenizer import write_tokenizer
 from nestling.model.hub import FOLDER
 from nestling.model.rope import DynamicScaling, Llama3Scaling, YarnScaling, plain_frequencies, yarn_amplitude
 
