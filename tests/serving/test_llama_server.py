@@ -13,9 +13,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from nestling.interop.gguf import export_gguf
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import build
-from nestling.interop.gguf import export_gguf
 from nestling.tokenizer.special import CALL_START
 
 NEEDED = ("llama_cpp", "starlette_context", "pydantic_settings", "gguf")

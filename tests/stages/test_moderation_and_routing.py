@@ -165,7 +165,8 @@ def test_a_prompt_that_a_candidate_has_no_room_for_is_left_out(tmp_path: Path) -
     model = build(DecoderConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, n_heads=2, context=96))
     checkpoint.save(tmp_path / "small" / "model", model, tokenizer, {})
     for split, texts in (("train", ["short", "long " * 60]), ("val", ["short"])):
-        rows = [{"prompt": [{"role": "user", "content": text}], "meta": {"kind": "greeting", "aspect": "greeting"}} for text in texts]
+        meta = {"kind": "greeting", "aspect": "greeting"}
+        rows = [{"prompt": [{"role": "user", "content": text}], "meta": meta} for text in texts]
         (tmp_path / "prompts").mkdir(exist_ok=True)
         (tmp_path / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reads = {"prompts": str(tmp_path / "prompts"), "small": str(tmp_path / "small")}

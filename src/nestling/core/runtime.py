@@ -135,8 +135,7 @@ def give_back_freed_memory() -> None:
 
 
 def _tune_malloc(options: Mapping[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
+    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         for option, value in options.items():
             mallopt(option, value)
 
