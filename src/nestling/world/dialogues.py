@@ -112,7 +112,7 @@ def _multi(facts: Facts, stream: Stream, split: str) -> Conversation:
 
 
 def mixture(facts: Facts, stream: Stream, split: str) -> list[Exchange]:
-    """2 to 5 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
+    """2 to 6 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
     exchanges = [turns.greeting(facts, stream, split)] if stream.chance(0.35) else []
     if stream.chance(0.55):
         exchanges += turns.followups(facts, stream, split, stream.number(2, 3))
@@ -120,6 +120,9 @@ def mixture(facts: Facts, stream: Stream, split: str) -> list[Exchange]:
         sums = stream.pick(("arithmetic", "arithmetic_plain"))
         pool = ("fact", "unknown", "identity", "rewriting", "spelling", "howto", "harmful", "lookalike", "list", sums)
         exchanges += [turns.KINDS[kind](facts, stream, split) for kind in stream.several(pool, stream.number(2, 3))]
+    plain = any(exchange.truth["kind"] == "arithmetic_plain" for exchange in exchanges)
+    if not plain and stream.chance(0.25):  # a sum for the calculator, after turns that needed none
+        exchanges.append(turns.arithmetic(facts, stream, split))
     if stream.chance(0.35):
         exchanges.append(turns.greeting(facts, stream, split, stream.pick(("thanks", "goodbye"))))
     return exchanges

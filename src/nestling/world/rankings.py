@@ -23,8 +23,8 @@ SHARES: dict[str, float] = {
     "greeting": 4, "identity": 8, "fact": 28, "unknown": 18, "arithmetic_plain": 4, "story": 4, "rewriting": 3,
     "list": 3, "letter": 3, "spelling": 4, "howto": 8, "lookalike": 6, "harmful": 10, "persona": 6, "multi": 8}
 MARKS = 10
-# How often a known person is denied in a ranking: so often that as many of them stand there as inventions of strangers.
-_DENIED = SHARES["unknown"] / SHARES["fact"]
+# How often a known person is denied in a ranking. More, and PPO invents facts about strangers; less, and it denies people.
+_DENIED = 0.4
 
 
 def situation(facts: Facts, stream: Stream, split: str, kinds: Mapping[str, float]) -> tuple[list[Message], Exchange]:
