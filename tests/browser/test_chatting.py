@@ -16,7 +16,6 @@ def test_a_reply_grows_and_can_be_stopped(sit, unhurried):
     desk.ask("Go on.")
     growing = desk.page.locator('[data-testid="thread"] [aria-busy="true"]')
     expect(growing).to_contain_text("one two")
-    assert "twelve" not in growing.inner_text()
     desk.get("stop").click()
     expect(desk.get("send")).to_be_visible()
     desk.answer("one two")
@@ -24,7 +23,7 @@ def test_a_reply_grows_and_can_be_stopped(sit, unhurried):
     assert reply.reply.finish == "cancelled"
     assert reply.content.startswith("one two")
     assert len(reply.content.split()) < 48  # the whole text
-    assert reply.content.strip() in desk.get("message", role="assistant").inner_text()
+    expect(desk.get("message", role="assistant")).to_contain_text(reply.content.strip())
 
 
 def test_markdown_and_code(desk):

@@ -5,11 +5,10 @@ The limits are real: a process of its own may take little more memory (ulimit), 
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import re
-import resource
+import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import pytest
 import torch
 
 from nestling.core import pipeline
-from nestling.core.errors import UserError
-from nestling.core.machine import held_memory, proc_numbers
+from nestling.core.machine import held_memory
 from nestling.core.metrics import read_metrics
 from nestling.core.recipe import load_recipe
 from nestling.core.runtime import detect
@@ -44,29 +42,40 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+CONFINED = """
+import resource, sys
+from pathlib import Path
+import torch._dynamo
+import nestling.objectives.next_token, nestling.stages.pretrain, nestling.training.loop
+from nestling.core import pipeline
+from nestling.core.errors import UserError
+from nestling.core.machine import proc_numbers
+from nestling.core.recipe import load_recipe
+from nestling.core.runtime import detect
+room, recipe, out, said, *settings = sys.argv[1:]
+held = proc_numbers(Path("/proc/self/status"))["VmData"] + int(room)
+resource.setrlimit(resource.RLIMIT_DATA, (held, held))
+try:
+    pipeline.run(load_recipe(Path(recipe), settings), Path(out), detect("cpu", "fp32", 1), "pretrain", quiet=True)
+    Path(said).write_text("")
+except (UserError, RuntimeError) as error:
+    Path(said).write_text(str(error))
+"""
+
+
 def within(room: float, out: Path, *settings: str) -> str:
-    """Pre-train in a fork that may take so many MB more; what it was refused with, or nothing."""
+    """Pre-train in a process of its own that may take so many MB more; what it was refused with, or nothing.
+
+    Not in a fork: the heap of the test's own process may hold freed memory that no limit counts.
+    """
     said = out.parent / "said"
-    child = multiprocessing.get_context("fork").Process(target=_confined, args=(int(room * 1e6), out, settings, said))
-    child.start()
-    child.join()
+    words = [str(int(room * 1e6)), str(TINY), str(out), str(said), *LARGE, *settings]
+    subprocess.run([sys.executable, "-c", CONFINED, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return said.read_text()
-
-
-def _confined(room: int, out: Path, settings: Sequence[str], said: Path) -> None:
-    held = proc_numbers(Path("/proc/self/status"))["VmData"]
-    resource.setrlimit(resource.RLIMIT_DATA, (held + room, held + room))
-    try:
-        pipeline.run(load_recipe(TINY, [*LARGE, *settings]), out, detect("cpu", "fp32", 1), "pretrain", quiet=True)
-        said.write_text("")
-    except (UserError, RuntimeError) as error:
-        said.write_text(str(error))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are read from /proc")
 def test_what_does_not_fit_is_refused_before_the_first_step_and_the_advice_helps(data: Path) -> None:
-    import torch._dynamo  # noqa: F401 - once, not in every fork
-
     refused = within(150, data)
     found = re.fullmatch(
         r"pretrain: a step takes about ([\d.]+) GB more memory \(weights .*activations .*\), and ([\d.]+) GB of [\d.]+ GB that "

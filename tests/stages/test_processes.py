@@ -18,7 +18,7 @@ from nestling.core.runtime import detect
 from nestling.core.storage import read_json
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
-TIMING = {"training_seconds", "tokens_per_second", "utilisation"}
+TIMING = {"training_seconds", "tokens_per_second", "utilisation", "peak_memory_gb", "predicted_memory_gb"}
 
 
 def run(out: Path, until: str) -> None:

@@ -157,6 +157,7 @@ def run(
                 title = f"[{number}/{len(plans)}] {stage.spec.name}"
                 work = _run_stage if ranks.is_main() else _help_stage
                 reports[stage.spec.name] = work(stage, recipe.seed, out, runtime, quiet, title)
+            ranks.barrier()  # the main process may hold the store in which the others still look for what is done
         except OSError as error:
             raise disk_error(error, Path(error.filename or out)) from error
         except KeyboardInterrupt:
