@@ -128,13 +128,13 @@ def test_tools_of_a_server(toy: Toolbox) -> None:
 def test_slow_calls_end_in_time_and_do_not_hold_up_others(address: str) -> None:
     pytest.importorskip("mcp")
     for how in ({"command": COMMAND}, {"url": address}):
-        with Toolbox.open({"mcp": {"toy": {**how, "seconds": 2.5}}}) as box:
+        with Toolbox.open({"mcp": {"toy": {**how, "seconds": 5}}}) as box:
             begun = time.monotonic()
             with ThreadPoolExecutor(1) as beside:
                 waiting = beside.submit(box.run, "toy_slow", {})
                 assert box.run("toy_add", {"a": 1}) == "2"
-                assert time.monotonic() - begun < 2
-                assert waiting.result() == "error: toy did not answer within 2.5 s"
+                assert time.monotonic() - begun < 4
+                assert waiting.result() == "error: toy did not answer within 5 s"
             assert box.run("toy_add", {"a": 2}) == "3", "the session goes on"
 
 

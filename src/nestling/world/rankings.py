@@ -101,7 +101,8 @@ def candidates(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
 
 
 def _tempting(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
-    """The mistake that a model is drawn to here: a refusal out of place, or none where one is due; in good style."""
+    """The mistake that a model is drawn to here: a refusal out of place, none where one is due, or a well-liked answer to
+    something else; in good style."""
     kind, chat = exchange.truth["kind"], facts.lang.data["chat"]
     if kind == "fact" and "p" in exchange.slots and stream.chance(_DENIED):
         text = fill(stream.pick(chat["unknown"]["answers"]), {"u": exchange.slots["p"]})
@@ -109,6 +110,8 @@ def _tempting(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
         text = stream.pick(chat["harmful"]["answers"])
     elif kind in ("unknown", "harmful"):
         text = _wrong(facts, stream, exchange, exchange.answer)
+    elif kind == "identity":
+        text = _other_aspect(facts, stream, exchange)
     else:
         return []
     return [f"{text} {stream.pick(chat['closings'])}" if stream.chance(0.5) else text]
@@ -132,6 +135,14 @@ def _wrong(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
         own_name = chat["identity"]["name"]["answers"][0]
         return stream.pick((exchange.answer.removeprefix(truth["sign"]).strip(), own_name))
     other = turns.KINDS[kind](facts, stream, "train") if kind != "greeting" else turns.identity(facts, stream, "train")
+    return other.answer
+
+
+def _other_aspect(facts: Facts, stream: Stream, exchange: Exchange) -> str:
+    """A true word of the assistant about itself that was not asked for."""
+    other = turns.identity(facts, stream, "train")
+    while other.truth["aspect"] == exchange.truth["aspect"]:
+        other = turns.identity(facts, stream, "train")
     return other.answer
 
 
@@ -183,7 +194,11 @@ def _repeating(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> s
 
 
 def _off_topic(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
-    return stream.pick(facts.lang.data["chat"]["off_topic"])
+    """A stray remark, or a good answer to another prompt: without these an answer that is always welcome pays off."""
+    if stream.chance(0.5):
+        return stream.pick(facts.lang.data["chat"]["off_topic"])
+    kind = stream.pick([kind for kind in ("identity", "story", "list", "howto") if kind != exchange.truth["kind"]])
+    return turns.KINDS[kind](facts, stream, "train").answer
 
 
 def _broken(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from nestling.serving.store.store import Store
 
 REPLY = Written(version=ModelVersion(name="small"), content="Hello! " * 50)
 FIRST, SPREAD = 0.03, 0.12
-"""Seconds: a writer lives at least the first, and up to the sum."""
+"""Seconds: a writer lives at least the first, and up to the sum; every fourth may be killed while it opens the store."""
 
 
 def write(address: str, pipe: int) -> None:
@@ -35,14 +36,16 @@ def write(address: str, pipe: int) -> None:
         os.write(pipe, f"vote {reply.id}\n".encode())
 
 
-def killed(address: str, seconds: float) -> list[list[str]]:
-    """What a writer acknowledged before it was killed, as (kind, id)."""
+def killed(address: str, seconds: float, *, busy: bool) -> list[list[str]]:
+    """What a writer acknowledged before it was killed, as (kind, id). The time counts from its first row if `busy`."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         write(address, writing)
     os.close(writing)
+    if busy:
+        select.select([reading], [], [], 30)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -64,8 +67,8 @@ def main() -> None:
     Store.open(address).close()
     clock = random.Random(1)
     acknowledged = lost = 0
-    for _ in range(kills):
-        rows = killed(address, FIRST + SPREAD * clock.random())
+    for kill in range(kills):
+        rows = killed(address, FIRST + SPREAD * clock.random(), busy=kill % 4 > 0)
         store = Store.open(address)
         for kind, id in rows:
             message = found(store, id)
