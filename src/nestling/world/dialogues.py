@@ -22,7 +22,7 @@ CALCULATOR = "calculator"
 SHARES: dict[str, float] = {
     "greeting": 4, "identity": 7, "fact": 20, "unknown": 9, "arithmetic": 15, "arithmetic_plain": 4, "story": 3,
     "rewriting": 4, "list": 2, "letter": 3, "spelling": 2, "howto": 3, "lookalike": 9, "harmful": 8, "persona": 17,
-    "multi": 12}
+    "multi": 16}
 STYLES = ("terse", "plain", "courteous", "closing", "warm")
 _STYLE_WEIGHTS = (0.27, 0.38, 0.1, 0.17, 0.08)
 
@@ -49,7 +49,7 @@ def dialogue(facts: Facts, stream: Stream, split: str, kind: str) -> Conversatio
         return _persona(facts, stream, split)
     if kind == "multi":
         return _multi(facts, stream, split)
-    exchange = turns.KINDS[kind](facts, stream, split)
+    exchange = turns.greeted(facts, stream, split, turns.KINDS[kind](facts, stream, split))
     tools = _tools(stream, [exchange])
     messages = [*system(facts, stream, tools), *spoken(facts, stream, exchange)]
     return Conversation(messages=tuple(messages), tools=tools, meta=exchange.truth)
@@ -112,14 +112,18 @@ def _multi(facts: Facts, stream: Stream, split: str) -> Conversation:
 
 
 def mixture(facts: Facts, stream: Stream, split: str) -> list[Exchange]:
-    """2 to 6 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
+    """2 to 7 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
     exchanges = [turns.greeting(facts, stream, split)] if stream.chance(0.35) else []
-    if stream.chance(0.55):
+    if stream.chance(0.4):
         exchanges += turns.followups(facts, stream, split, stream.number(2, 3))
     else:
         sums = stream.pick(("arithmetic", "arithmetic_plain"))
-        pool = ("fact", "unknown", "identity", "rewriting", "spelling", "howto", "harmful", "lookalike", "list", sums)
-        exchanges += [turns.KINDS[kind](facts, stream, split) for kind in stream.several(pool, stream.number(2, 3))]
+        pool = ("fact", "unknown", "identity", "story", "rewriting", "spelling", "howto", "harmful", "lookalike", "list",
+                sums)
+        exchanges += [turns.KINDS[kind](facts, stream, split) for kind in stream.several(pool, stream.number(2, 4))]
+        if stream.chance(0.35):  # late in a talk, a stranger is still a stranger
+            exchanges.append(turns.unknown(facts, stream, split))
+    exchanges[0] = turns.greeted(facts, stream, split, exchanges[0])
     plain = any(exchange.truth["kind"] == "arithmetic_plain" for exchange in exchanges)
     if not plain and stream.chance(0.25):  # a sum for the calculator, after turns that needed none
         exchanges.append(turns.arithmetic(facts, stream, split))

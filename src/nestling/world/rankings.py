@@ -37,7 +37,7 @@ def situation(facts: Facts, stream: Stream, split: str, kinds: Mapping[str, floa
         exchanges = [e for e in dialogues.mixture(facts, stream, split) if e.expression is None]
         before = dialogues.system(facts, stream, ())
     else:
-        exchanges = [turns.KINDS[kind](facts, stream, split)]
+        exchanges = [turns.greeted(facts, stream, split, turns.KINDS[kind](facts, stream, split))]
         before = dialogues.system(facts, stream, ())
     exchanges = exchanges[:stream.number(1, len(exchanges))]
     for exchange in exchanges[:-1]:

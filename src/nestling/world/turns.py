@@ -7,7 +7,7 @@ Every maker has the form `(facts, stream, split) -> Exchange`; split "train" use
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nestling.world import pages
@@ -44,6 +44,14 @@ def greeting(facts: Facts, stream: Stream, split: str, aspect: str = "greeting")
     truth = {"kind": "greeting", "aspect": aspect}
     return Exchange(wording(stream, form["users"], split), stream.pick(form["answers"]), stream.pick(form["terse"]),
                     truth, exact=True)
+
+
+def greeted(facts: Facts, stream: Stream, split: str, exchange: Exchange) -> Exchange:
+    """The exchange, sometimes with a greeting in front of the question: "Hello! Who are you?"."""
+    if exchange.truth["kind"] == "greeting" or not stream.chance(0.15):
+        return exchange
+    hello = wording(stream, facts.lang.get("chat.greeting.users"), split)
+    return replace(exchange, user=f"{hello} {exchange.user}") if hello.endswith("!") else exchange
 
 
 def identity(facts: Facts, stream: Stream, split: str) -> Exchange:
