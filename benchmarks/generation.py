@@ -24,6 +24,7 @@ from statistics import median
 
 import torch
 
+from nestling.core.runtime import detect
 from nestling.generation.engine import Engine
 from nestling.generation.packed import pack
 from nestling.generation.sampling import Sampling
@@ -232,7 +233,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="only contenders whose name holds this")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    detect("cpu", threads=args.threads)  # as the command line does: large tensors on huge pages, for everybody here
     checkpoint = load(args.model) if args.model else random_checkpoint(args.size)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "model")

@@ -1,23 +1,27 @@
 """A real Chromium in front of a real service whose model knows a few conversations by heart.
 
-Every test has a service and a browser profile of its own. At its end the page must have asked nobody but the service, and
-must not have complained on the console.
+Every test has a service of its own, and with it an origin for which the browser has stored nothing. At its end the page must
+have asked nobody but the service, and must not have complained on the console.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 from taught import running, say, teach
 
@@ -165,14 +169,36 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
+@pytest.fixture(scope="module")
+def page(browser: Browser) -> Page:
+    """The page of most tests: to begin a process for each of them takes longer than what they do."""
+    return _page(browser, locale="en-US")
+
+
 Sit = Callable[..., Desk]
 
 
 @pytest.fixture
-def sit(browser: Browser, model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Sit]:
-    """`sit(width=…, locale=…, runs=…, …)`: a desk in front of a service of its own; other names are the service's settings."""
+def sit(browser: Browser, page: Page, model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Sit]:
+    """`sit(width=…, height=…, scheme=…, runs=…, …)`: a desk in front of a service of its own; other names are the
+    service's settings. With `locale`, `touch` or `haste` (how much faster timers run) it has a page of its own too.
+    """
+
+    def take(**wishes: Any) -> Desk:
+        own = {name: wishes.pop(name) for name in ("locale", "touch", "haste") if name in wishes}
+        width, height = wishes.pop("width", 1280), wishes.pop("height", 800)
+        scheme = wishes.pop("scheme", "light")
+        store = Store.open(tmp_path / f"{time.monotonic_ns()}.db")
+        stack.callback(store.close)
+        service = stack.enter_context(running(*_app(model, tokenizer, store, wishes)))
+        place = _page(browser, **own) if own else page
+        stack.callback(place.context.close if own else partial(_leave, place))
+        place.set_viewport_size({"width": width, "height": height})
+        place.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        return stack.enter_context(_watched(Desk(place, service.url, store, place.context)))
+
     with ExitStack() as stack:
-        yield lambda **wishes: stack.enter_context(_desk(browser, model, tokenizer, tmp_path, wishes))
+        yield take
 
 
 @pytest.fixture
@@ -183,67 +209,80 @@ def desk(sit: Sit) -> Desk:
     return made
 
 
+class Brake:
+    """Holds every engine before its next step, once it has done so many, until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        step = Engine.step
+        self._left = math.inf
+        self._go = threading.Event()
+
+        def braked(engine: Engine) -> list[Any]:
+            self._left -= 1
+            if self._left < 0:
+                self._go.wait(PATIENCE / 1000)
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", braked)
+
+    def after(self, steps: int) -> None:
+        """Hold from then on."""
+        self._go.clear()
+        self._left = steps
+
+    def release(self) -> None:
+        """Go on."""
+        self._left = math.inf
+        self._go.set()
+
+
 @pytest.fixture
-def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that takes its time, so that a reply is seen while it is written."""
-    step = Engine.step
-
-    def slowly(engine: Engine) -> list[Any]:
-        time.sleep(0.06)
-        return step(engine)
-
-    monkeypatch.setattr(Engine, "step", slowly)
+def brake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Brake]:
+    """Shows a reply while it is written: `brake.after(steps)`, `brake.release()`. Name it behind the desk."""
+    made = Brake(monkeypatch)
+    yield made
+    made.release()
 
 
-class _desk(ExitStack):
-    """Service, browser profile and page; what the page did is judged when the test has passed."""
+def _page(browser: Browser, *, locale: str = "en-US", touch: bool = False, haste: int = 1) -> Page:
+    context = browser.new_context(locale=locale, has_touch=touch)
+    context.set_default_timeout(PATIENCE)
+    made = context.new_page()
+    if haste > 1:
+        made.add_init_script(f"const wait = setTimeout; window.setTimeout = (act, ms) => wait(act, ms / {haste});")
+    return made
 
-    def __init__(
-        self, browser: Browser, model: Decoder, tokenizer: Tokenizer, folder: Path, wishes: dict[str, Any]
-    ) -> None:
-        super().__init__()
-        self._browser, self._wishes = browser, dict(wishes)
-        self._made = (model, tokenizer, folder)
 
-    def __enter__(self) -> Desk:  # type: ignore[override]
-        super().__enter__()
-        wishes = self._wishes
-        view = {"viewport": {"width": wishes.pop("width", 1280), "height": wishes.pop("height", 800)},
-                "locale": wishes.pop("locale", "en-US"), "color_scheme": wishes.pop("scheme", "light"),
-                "has_touch": wishes.pop("touch", False)}  # fmt: skip
-        store = Store.open(self._made[2] / f"{time.monotonic_ns()}.db")
-        self.callback(store.close)
-        service = self.enter_context(running(*self._app(store, wishes)))
-        context = self._browser.new_context(**view)
-        self.callback(context.close)
-        context.set_default_timeout(PATIENCE)
-        desk = Desk(context.new_page(), service.url, store, context)
-        self._outside: list[str] = []
-        context.on("request", self._note)
-        desk.page.on("console", lambda said: desk.complaints.append(said.text) if said.type == "error" else None)
-        desk.page.on("pageerror", lambda error: desk.complaints.append(str(error)))
-        self.desk = desk
-        return desk
+def _app(model: Decoder, tokenizer: Tokenizer, store: Store, wishes: dict[str, Any]) -> tuple[FastAPI, Driver]:
+    runs = wishes.pop("runs", None)
+    settings = ServeSettings(flush_seconds=0, shutdown_seconds=0, **wishes)
+    served = []
+    for name in ("tiny", "twin"):
+        driver = Driver(Engine(model, tokenizer, rows=8, frozen=True))
+        served.append(Served(name, driver, tokenizer, {"name": name}, 1, Toolbox.open(settings.tools)))
+    return create_app(settings, Models(served), store, runs=runs), served[0].driver
 
-    def _note(self, request: Any) -> None:
-        if urlsplit(request.url).hostname not in ("127.0.0.1", None):
-            self._outside.append(request.url)
 
-    def _app(self, store: Store, wishes: dict[str, Any]) -> tuple[Any, Driver]:
-        model, tokenizer, _ = self._made
-        runs = wishes.pop("runs", None)
-        settings = ServeSettings(flush_seconds=0, shutdown_seconds=0, **wishes)
-        served = []
-        for name in ("tiny", "twin"):
-            driver = Driver(Engine(model, tokenizer, rows=8, frozen=True))
-            served.append(Served(name, driver, tokenizer, {"name": name}, 1, Toolbox.open(settings.tools)))
-        return create_app(settings, Models(served), store, runs=runs), served[0].driver
+@contextmanager
+def _watched(desk: Desk) -> Iterator[Desk]:
+    """What the page does is judged at the end."""
+    outside: list[str] = []
+    hears: dict[str, Callable[[Any], None]] = {
+        "request": lambda one: None if urlsplit(one.url).hostname in ("127.0.0.1", None) else outside.append(one.url),
+        "console": lambda said: desk.complaints.append(said.text) if said.type == "error" else None,
+        "pageerror": lambda error: desk.complaints.append(str(error)),
+    }
+    for name, hear in hears.items():
+        desk.page.on(name, hear)
+    yield desk
+    for name, hear in hears.items():
+        desk.page.remove_listener(name, hear)
+    assert outside == []
+    assert desk.complaints == []
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        desk = self.desk
-        try:
-            if kind is None:
-                assert self._outside == []
-                assert desk.complaints == []
-        finally:
-            super().__exit__(kind, error, trace)
+
+def _leave(page: Page) -> None:
+    """Forget what a test did. The next service has another port, so that nothing the page has stored is known there."""
+    page.context.set_offline(False)
+    page.context.clear_permissions()
+    page.goto("about:blank")

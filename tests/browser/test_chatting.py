@@ -6,16 +6,18 @@ import re
 
 from playwright.sync_api import expect
 
+from nestling.serving import limits
+from nestling.serving.store.records import ModelVersion, Written
+
 HELLO = "Hello! How can I help you?"
+GROWING = '[data-testid="thread"] [aria-busy="true"]'
 
 
-def test_a_reply_grows_and_can_be_stopped(sit, unhurried):
+def test_a_reply_grows_and_can_be_stopped(desk, brake):
     """Words appear before the reply is whole; what was written when it was stopped stays, here and in the store."""
-    desk = sit()
-    desk.open()
+    brake.after(12)
     desk.ask("Go on.")
-    growing = desk.page.locator('[data-testid="thread"] [aria-busy="true"]')
-    expect(growing).to_contain_text("one two")
+    expect(desk.page.locator(GROWING)).to_contain_text("one two")
     desk.get("stop").click()
     expect(desk.get("send")).to_be_visible()
     desk.answer("one two")
@@ -181,3 +183,79 @@ def test_a_line_end_is_written_with_shift(desk):
     desk.get("composer-input").press("Shift+Enter")
     expect(desk.get("composer-input")).to_have_value("Hello!\n")
     expect(desk.get("message")).to_have_count(0)
+
+
+def test_a_reply_goes_on_while_another_conversation_is_looked_at(desk, brake):
+    """The list marks it; who comes back sees it grow. The language, whose switch loads the page anew, stays until it is whole."""
+    brake.after(12)
+    desk.ask("Go on.")
+    expect(desk.page.locator(GROWING)).to_contain_text("one")
+    expect(desk.get("language-switch")).to_be_disabled()
+    desk.get("new-chat").click()
+    expect(desk.get("message")).to_have_count(0)
+    expect(desk.get("conversation").get_by_title("Writing a reply")).to_be_visible()
+    desk.get("conversation-open").click()
+    expect(desk.page.locator(GROWING)).to_contain_text("one")
+    desk.get("new-chat").click()
+    brake.release()
+    expect(desk.get("conversation").get_by_title("Writing a reply")).to_have_count(0)
+    expect(desk.get("language-switch")).to_be_enabled()
+    desk.get("conversation-open").click()
+    reply = desk.answer("twelve")
+    words = desk.messages()[-1].content.split()
+    assert len(words) == 48
+    assert reply.get_by_test_id("message-text").inner_text().split() == words
+
+
+def test_too_many_requests(sit, monkeypatch):
+    """The reason stands where the reply would; after a while the same question can be sent again."""
+    monkeypatch.setattr(limits, "MINUTE", 600.0)
+    desk = sit(requests_per_minute=40)
+    desk.open()
+    asked = desk.store.of("anybody").conversations
+    id = asked.create().id
+    asked.ask(id, "Hello!", None)
+    desk.open(f"chat/{id}")
+    expect(desk.get("reply-error")).to_contain_text("no reply yet")
+    while desk.page.request.get(f"{desk.url}/api/flags").ok:
+        continue
+    desk.get("retry").click()
+    expect(desk.get("reply-error")).to_contain_text(re.compile(r"Too many requests; try again in \d+ s\."))
+    monkeypatch.setattr(limits, "MINUTE", 0.1)
+    desk.get("retry").click()
+    desk.answer(HELLO)
+    assert all("429" in complaint for complaint in desk.complaints)
+    desk.complaints.clear()
+
+
+def test_a_message_that_is_too_long(desk):
+    """It is said where the reply would stand; the message can be shortened there."""
+    desk.ask("Hello! " * 100)
+    expect(desk.get("reply-error")).to_contain_text("longer than the model can read")
+    expect(desk.get("retry")).to_be_visible()
+    desk.get("edit").click()
+    desk.get("edit-input").fill("Hello!")
+    desk.get("edit-send").click()
+    desk.answer(HELLO)
+    expect(desk.get("reply-error")).to_have_count(0)
+    assert all("400" in complaint for complaint in desk.complaints)
+    desk.complaints.clear()
+
+
+def test_what_was_not_read_is_said(desk):
+    """A conversation that has outgrown the context: the reply says how much of it was left out, also after a reload."""
+    talk = desk.store.of("anybody").conversations
+    id, parent = talk.create().id, None
+    for _ in range(10):
+        asked = talk.ask(id, "Who are you? " * 3, parent).id
+        parent = talk.answer(id, asked, Written(version=ModelVersion(name="tiny"), content="I am Nestling.")).id
+    desk.open(f"chat/{id}")
+    desk.ask("Hello!")
+    desk.until(lambda: len(desk.messages()) == 22)
+    count = desk.messages()[-1].reply.forgotten
+    assert count > 0
+    for _ in range(2):
+        expect(desk.get("notice")).to_have_text(
+            f"{count} earlier messages had no room in the model's context and were not read."
+        )
+        desk.page.reload()

@@ -1,11 +1,9 @@
-"""What is around the conversation: list, search, feedback, languages, colours, narrow screens, names, the key."""
+"""What is around the conversation: list, search, languages, colours, narrow screens, names, the key."""
 
 from __future__ import annotations
 
 import pytest
 from playwright.sync_api import expect
-
-from nestling.serving.store.records import VoteRecord
 
 VIEWS = ("chat", "compare", "arena", "runs")
 CONTROLS = "button, input, select, textarea, a[href], iframe, summary, [role=button]"
@@ -58,69 +56,6 @@ def test_conversations_are_listed_and_found(desk):
     desk.until(lambda: [one.title for one in desk.store.conversations.page().data] == ["Who are you?"])
 
 
-def test_thumbs_are_stored_with_a_reason(desk):
-    """Down with a reason and words, shown again after a reload; then up instead, and taken back."""
-    desk.ask("Hello!")
-    reply = desk.answer(HELLO)
-    reply.get_by_test_id("vote-down").click()
-    reason = desk.page.locator('[data-testid^="reason-"]:not([data-testid="reason-comment"])').first
-    name = reason.get_attribute("value")
-    reason.check(force=True)
-    desk.get("reason-comment").fill("too short")
-    desk.get("dialog-ok").click()
-    expect(reply.get_by_test_id("vote-down")).to_have_attribute("aria-pressed", "true")
-    desk.until(lambda: desk.messages()[-1].vote == VoteRecord(value=-1, reason=name, comment="too short"))
-    desk.page.reload()
-    reply = desk.answer(HELLO)
-    expect(reply.get_by_test_id("vote-down")).to_have_attribute("aria-pressed", "true")
-    reply.get_by_test_id("vote-up").click()
-    desk.until(lambda: desk.messages()[-1].vote == VoteRecord(value=1))
-    desk.get("dialog-cancel").click()
-    reply.get_by_test_id("vote-up").click()
-    desk.until(lambda: desk.messages()[-1].vote is None)
-
-
-def test_a_reply_can_be_reported(desk):
-    """With a category and words."""
-    desk.ask("Hello!")
-    reply = desk.answer(HELLO)
-    reply.get_by_test_id("flag").click()
-    desk.get("flag-category").select_option(index=1)
-    category = desk.get("flag-category").input_value()
-    desk.get("flag-comment").fill("not nice")
-    desk.get("dialog-ok").click()
-    expect(desk.get("dialog")).to_have_count(0)
-    expect(desk.get("toast")).to_be_visible()
-    message = desk.messages()[-1]
-    assert message.flagged
-    assert [(flag.category, flag.comment) for flag in desk.store.feedback.flags()] == [(category, "not nice")]
-
-
-@pytest.mark.parametrize("choice", ["a", "tie"])
-def test_a_blind_comparison(desk, choice):
-    """Nobody is told who is who before the vote; then both are named, and the arena knows."""
-    desk.open("arena")
-    expect(desk.get("arena-empty")).to_be_visible()
-    desk.open("compare")
-    desk.get("compare-input").fill("Hello!")
-    desk.get("compare-send").click()
-    for side in ("a", "b"):
-        expect(desk.get(f"side-{side}")).to_contain_text(HELLO)
-    round_ = desk.get("compare-round")
-    assert not {"tiny", "twin"} & set(round_.inner_text().split())
-    desk.get(f"choice-{choice}").click()
-    expect(desk.get("compare-result")).to_be_visible()
-    assert {"tiny", "twin"} <= set(round_.inner_text().split())
-    desk.open("arena")
-    rows = desk.get("arena-row")
-    expect(rows).to_have_count(2)
-    [conversation] = desk.store.conversations.page().data
-    [comparison] = desk.store.arena.of(conversation.id)
-    assert comparison.choice == choice
-    if choice == "a":
-        assert rows.first.get_attribute("data-model") == comparison.identities["a"].model
-
-
 def test_the_key_is_asked_for(sit):
     """A service with keys: a wrong one is asked for again, the right one stays for this tab."""
     desk = sit(keys=[{"name": "ann", "secret": "open sesame"}])
@@ -157,22 +92,22 @@ def test_chinese(sit):
     expect(desk.get("nav-runs")).to_have_text("Runs")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_every_view_fits_is_named_and_can_be_read(sit, tmp_path, scheme, width):
+@pytest.mark.parametrize("screen", [{"width": 1280}, {"width": 390, "touch": True}], ids=["wide", "narrow"])
+def test_every_view_fits_is_named_and_can_be_read(sit, screen):
     """No view is wider than the screen, no control is without a name, no text too pale on its ground (WCAG AA, 4.5)."""
-    desk = sit(width=width, height=844, scheme=scheme, touch=width < 800)
+    desk = sit(height=844, **screen)
     desk.open()
     desk.ask("Code.")
     desk.answer("So:")
     for view in (None, *VIEWS):
         if view:
             desk.open(view)
-        desk.page.wait_for_timeout(150)  # colours change by transition
         assert desk.page.evaluate(WIDE) <= 0, view
         assert desk.page.evaluate(NAMELESS, CONTROLS) == [], view
         assert desk.page.evaluate(DOUBLE) == [], view
-        assert desk.page.evaluate(PALE) == [], view
+        for scheme in ("light", "dark"):
+            desk.page.emulate_media(color_scheme=scheme)
+            assert desk.page.evaluate(PALE) == [], (view, scheme)
 
 
 def test_dark_and_light(sit):
@@ -186,7 +121,6 @@ def test_dark_and_light(sit):
         if desk.page.evaluate("document.documentElement.dataset.theme") == "light":
             break
     expect(desk.page.locator("html")).to_have_attribute("data-theme", "light")
-    desk.page.wait_for_timeout(200)
     assert desk.page.evaluate(ground) > 600
     desk.page.reload()
     expect(desk.page.locator("html")).to_have_attribute("data-theme", "light")

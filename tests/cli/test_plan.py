@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calls import TINY, CommandLine
 
-from nestling.cli.doctor import warnings
+from nestling.cli.doctor import _compiler, warnings
+from nestling.training.compiling import missing_compiler
 
 GPT3 = "{architecture: gpt2, vocab_size: 50257, context: 2048, d_model: 12288, n_layers: 96, n_heads: 96}"
 CLUSTER = ("--tokens", 300e9, "--devices", 1024, "--peak", 312e12, "--utilisation", 0.449, "--rows", 1)
@@ -117,6 +119,21 @@ def test_what_will_hurt_is_said(part: str, change: dict[str, Any], said: str) ->
     assert line.startswith(said) or said in line
 
 
+def test_doctor_finds_the_compiler_that_inductor_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert _compiler() == (missing_compiler([torch.nn.Linear(1, 1)]) or "found")
+    monkeypatch.setenv("CXX", str(tmp_path / "absent"))
+    assert _compiler() == "no C++ compiler was found (install g++ or clang)"
+
+
 def test_a_missing_compiler_is_said() -> None:
     (line,) = warnings({**GOOD, "compiler": "no C++ compiler was found (install g++ or clang)"})
     assert "install g++ or clang" in line
+
+
+def test_a_plan_says_what_a_depth_sets(nestling: CommandLine, tmp_path: Path) -> None:
+    dial = ("--set", "pretrain.model={depth: 2}", "--out", tmp_path, "--peak", 1e11)
+    (row, *_) = [row for row in json.loads(nestling("plan", TINY, *dial, "--json").out)["stages"] if "of_depth" in row]
+    assert row["of_depth"].items() >= {"d_model": 128, "n_layers": 2, "n_heads": 2, "head_size": 64}.items()
+    said = " ".join(nestling("plan", TINY, *dial).out.split())
+    assert "pretrain: 2 layers, width 128, 2 heads of 64; learning rates" in said
+    assert "width 384, 6 heads of 64" in " ".join(nestling("plan", "--model", "{depth: 6}", "--peak", 1e11).out.split())

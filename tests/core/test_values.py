@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from nestling.core.errors import UserError
 from nestling.core.metrics import MetricsLog, Progress, read_metrics
 from nestling.core.registry import find
 from nestling.core.runtime import detect, measured_peak, stream_seed, torch_stream
-from nestling.core.types import Conversation, Ranking
+from nestling.core.types import Conversation, PromptRow, Ranking
 
 
 def test_openai_tool_calls_round_trip() -> None:
@@ -22,6 +23,20 @@ def test_openai_tool_calls_round_trip() -> None:
     assert read.messages[0].tool_calls[0].arguments == {"expression": "1 + 2"}
     assert read.to_row()["messages"][0]["tool_calls"] == [call]
     assert Conversation.from_row(read.to_row()) == read
+
+
+def test_tools_are_names_or_definitions() -> None:
+    definition = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    row = {"messages": [{"role": "user", "content": "1 + 2?"}], "tools": ["calculator", definition]}
+    assert Conversation.from_row(row).to_row() == row
+    asked = {"prompt": row["messages"], "meta": {"tools": [definition]}}
+    assert PromptRow.from_row(asked).tools == (definition,)
+    assert PromptRow.from_row(asked).offering(["add"]).to_row()["meta"] == {"tools": ["add"]}
+    for bad in ({"name": "add"}, {"function": {"name": 3}}, 3):
+        with pytest.raises(UserError, match="a tool is its name, or"):
+            Conversation.from_row({**row, "tools": [bad]})
+        with pytest.raises(UserError, match="a tool is its name, or"):
+            PromptRow.from_row({**asked, "meta": {"tools": [bad]}})
 
 
 def test_rankings_by_rank_and_by_score_agree() -> None:
@@ -60,7 +75,9 @@ def test_an_unknown_name_lists_the_folder() -> None:
 
 
 def test_the_peak_is_a_plausible_speed() -> None:
-    assert 1e8 < measured_peak(detect("cpu", "fp32"), size=256, seconds=0.05) < 1e15
+    here = detect("cpu", "fp32")
+    assert 1e8 < measured_peak(here, size=256, seconds=0.05) < 1e15
+    assert 1e6 < measured_peak(replace(here, dtype=torch.float8_e4m3fn), size=256, seconds=0.05) < 1e15
 
 
 def test_unknown_devices_and_precisions_are_refused() -> None:

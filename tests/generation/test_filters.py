@@ -123,6 +123,11 @@ def test_every_rung_is_a_field_whose_default_changes_nothing(logits: Tensor) -> 
         torch.testing.assert_close(rung(logits, neutral), logits, rtol=0, atol=0)
 
 
+def test_likeliest_is_the_first_of_equals(logits: Tensor) -> None:
+    assert torch.equal(filters.likeliest(logits), logits.argmax(-1))
+    assert filters.likeliest(torch.tensor([[[1.0, 3.0, 3.0], [-torch.inf, -torch.inf, 0.0]]])).tolist() == [[1, 2]]
+
+
 def test_inputs_are_left_alone(logits: Tensor) -> None:
     before = logits.clone()
     filters.top_k(logits, torch.full((ROWS,), 3))

@@ -9,14 +9,15 @@ import pytest
 from families import FORMS, make
 from toys.models import random_model
 
-from nestling.core.types import Message, PromptRow, ToolCall
-from nestling.generation.chat import offered, replies
+from nestling.core.types import Conversation, Message, PromptRow, ToolCall
+from nestling.generation.chat import offered, prompt_ids, replies
 from nestling.generation.engine import Engine
 from nestling.generation.listening import Listener
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Piece, Request
 from nestling.generation.session import ChatSession, Event
 from nestling.objectives._episodes import collect
+from nestling.stages._training import told
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render, reply_ids
 from nestling.tools import schema
@@ -66,6 +67,21 @@ def test_calls_are_answered_in_the_familys_form(family: tuple[str, Engine]) -> N
         whole = render(tokenizer, [*ASK, CALLING, result, SAID], tools).ids
         prompt = render(tokenizer, ASK, tools, prompt=True).ids
         assert prompt + reply.completion.ids == whole[: len(prompt + reply.completion.ids)]
+
+
+def test_names_and_definitions_of_tools_come_to_the_same(family: tuple[str, Engine]) -> None:
+    """In what is learnt, in what is asked, and in what is answered."""
+    _, engine = family
+    tokenizer = engine.tokenizer
+    prompt = prompt_ids(tokenizer, ASK, ["calculator"])
+    named = Conversation(messages=(*ASK, SAID), tools=("calculator",))
+    for row in told([named, named.offering([schema("calculator")])], tokenizer):
+        assert render(tokenizer, row.messages[:1], row.tools, prompt=True).ids == prompt
+    script = [*reply_ids(tokenizer, CALLING), *reply_ids(tokenizer, SAID)] if tokenizer.takes_tools else reply_ids(tokenizer, SAID)
+    rows = [ROW, ROW.offering([schema("calculator")])]
+    by_name, by_definition = (replies(engine, [row], writes(script), 0)[0] for row in rows)
+    assert by_name.completion.ids == by_definition.completion.ids
+    assert by_name.messages == by_definition.messages
 
 
 def test_who_streams_sees_calls_and_results(family: tuple[str, Engine]) -> None:

@@ -7,8 +7,9 @@ import torch
 from toys.models import random_model
 
 from nestling.generation import native
+from nestling.generation import packed as packed_module
 from nestling.generation.engine import Engine
-from nestling.generation.packed import pack
+from nestling.generation.packed import BlockedLinear, pack, round_rows
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
 from nestling.model.cache import KVCache
@@ -87,6 +88,25 @@ def test_any_number_of_rows_and_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("units", [False, True], ids=["vectors", "matrix units"])
+@torch.inference_mode()
+def test_prompts_in_any_rows_and_in_parts(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts in rows out of order, more tokens than a call takes; with matrix units the matrix library gets them."""
+    monkeypatch.setattr(native, "AT_ONCE", 7)
+    monkeypatch.setattr(packed_module, "NATIVE_TOKENS", 20)
+    model = random_model(ODD_VOCABULARY, head_size=16)
+    packed, cache = pack(model), KVCache(model.config, rows=4)
+    packed.matrix_units = units
+    prompt, one = tokens(2, 20), tokens(2, 1, seed=1)
+    outputs = packed.hidden(prompt, cache=cache, rows=torch.tensor([3, 0]), counts=torch.tensor([20, 13]))
+    later = packed.hidden(one, cache=cache, rows=torch.tensor([0, 3]))
+    assert cache.lengths.tolist() == [14, 0, 0, 21]
+    assert bool(outputs[1, 13:].any()) == units  # the native way leaves nothing at padding
+    for row, count, after in ((0, 20, 1), (1, 13, 0)):
+        exact = model.hidden(torch.cat([prompt[row, :count], one[after]]).unsqueeze(0))[0]
+        torch.testing.assert_close(torch.cat([outputs[row, :count], later[after]]), exact, rtol=0, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_nothing_is_written_behind_the_cache() -> None:
     model = random_model(ODD_VOCABULARY, head_size=16)
@@ -119,3 +139,10 @@ def test_without_a_compiler_the_text_is_the_same(tokenizer: Tokenizer, monkeypat
     texts.append([done.ids for done in with_it.generate(asked)])
     assert with_it._slots.model.native is not None
     assert texts[0] == texts[1]
+
+
+def test_few_numbers_of_rows_reach_the_matrix_library() -> None:
+    """It compiles and keeps a kernel for each; the rows that are added change nothing."""
+    assert len({round_rows(rows) for rows in range(1, 4097)}) == 80
+    weight, bias, x = torch.randn(24, 16), torch.randn(24), torch.randn(3, 77, 16)
+    torch.testing.assert_close(BlockedLinear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))

@@ -44,6 +44,8 @@ from nestling.tokenizer.bpe import Tokenizer
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # transformers and PEFT about each other
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*"),
+    # PEFT looks only at modules' names before it says so, and takes the ranks of parameters all the same
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module.*"),
 ]
 ARCHITECTURES = registry.names("model.architectures")
 TOKENS = (3, 260)
@@ -239,10 +241,12 @@ def test_peft_computes_what_we_saved(tmp_path: Path, tokenizer: Tokenizer, name:
     [
         {"targets": ("query", "value")},
         {"targets": ("output",), "rank": 7, "use_rslora": True},
-        {"targets": ("up", "key"), "alpha": 0.5, "dropout": 0.3},
+        {"targets": ("up", "key"), "alpha": 0.5},
+        {"targets": ("down", "query"), "rank": 2},
+        {"targets": ("value",), "dropout": 0.3},
     ],
 )
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3_moe"])
 @torch.no_grad()
 def test_peft_understands_every_setting(
     tmp_path: Path, tokenizer: Tokenizer, name: str, settings: dict[str, Any]
@@ -272,6 +276,16 @@ def test_peft_understands_every_setting(
                 "alpha_pattern": {"q_proj": 3},
             },
         ),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
+        (
+            "qwen3_moe",
+            {
+                "target_modules": [],
+                "target_parameters": ["mlp.experts.gate_up_proj", "layers.2.mlp.experts.down_proj", "mlp.up_proj.weight"],
+                "rank_pattern": {"mlp.experts.gate_up_proj": 5},
+            },
+        ),
+        ("qwen3_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj", "o_proj"]}),
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
         ("qwen2", {"target_modules": ["v_proj"], "layers_to_transform": [1], "trainable_token_indices": [4, 9]}),
         (
@@ -395,8 +409,14 @@ def test_a_target_that_the_model_lacks(base: Path, tmp_path: Path, tokenizer: To
         UserError, match=r"no such layers to adapt \(got 'gate'\); it has down, key, output, query, up, value"
     ):
         adapted(saved_base(tmp_path / "gpt2", "gpt2", tokenizer), targets=("query", "gate"))
-    with pytest.raises(UserError, match=r"no such layers to adapt \(got 'up'\); it has key, output, query, value"):
-        adapted(saved_base(tmp_path / "moe", "qwen3_moe", tokenizer), targets=("up",))
+
+
+def test_experts_are_not_dropped_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """PEFT refuses it too."""
+    base = saved_base(tmp_path / "moe", "qwen3_moe", tokenizer)
+    with pytest.raises(UserError, match=r"experts are adapted without dropout \(got 0.1\); use 0, or name targets"):
+        adapted(base, dropout=0.1)
+    assert adapted_layers(adapted(base, dropout=0.1, targets=("query",)))
 
 
 def test_weights_are_written_in_full_precision(base: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

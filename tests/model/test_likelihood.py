@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nestling.model import likelihood
 from nestling.model.decoder import build
 from nestling.model.hub import make_config
 from nestling.model.likelihood import (
@@ -45,13 +46,17 @@ def test_logprobs_and_gradients_against_float64(chunk: int | None, temperature: 
     assert gradients[0][1, :4].abs().max() == 0
 
 
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_loss_sum_and_gradients_against_float64(chunk: int | None) -> None:
+def test_loss_sum_and_gradients_against_float64(
+    chunk: int | None, fuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(likelihood, "_compiled", lambda: likelihood._loss_and_gradient)  # seconds for the same numbers
     hidden, weight = seeded(3, 11, 16).requires_grad_(), seeded(50, 16, seed=1).requires_grad_()
     targets = torch.randint(0, 50, (3, 11), generator=torch.Generator().manual_seed(2))
     weights = torch.rand(3, 11, generator=torch.Generator().manual_seed(3))
     weights[0, :6] = 0
-    got = weighted_loss_sum(hidden, weight, targets, weights, chunk=chunk)
+    got = weighted_loss_sum(hidden, weight, targets, weights, chunk=chunk, fuse=fuse)
     want = -(exact(hidden, weight, targets) * weights).sum()
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
     gradients = torch.autograd.grad(got * 0.25, (hidden, weight))

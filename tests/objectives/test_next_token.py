@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,3 +97,22 @@ def test_without_gradient_there_is_no_balance() -> None:
     (update,) = learning.updates(1)
     with torch.no_grad():
         assert [term.name for term in learning.terms(update.microbatches[0])] == ["cross_entropy"]
+
+
+def test_a_gpu_finds_its_next_batch_ready() -> None:
+    """While it computes, the host reads on; a resumed run and a CPU read when a step begins."""
+    asked: list[int] = []
+
+    class Steps(OneBatch):
+        def batch(self, step: int) -> TokenBatch:
+            asked.append(step)
+            return replace(self._batch, ids=self._batch.ids * 0 + step)
+
+    what = NextToken(Settings(), model(), Steps(rows()), torch.ones(97).long(), None)
+    for device, reads in (("cpu", [0, 1, 4]), ("cuda", [0, 1, 2, 4, 5])):
+        asked.clear()
+        what.device = torch.device(device)
+        for step in (1, 2, 5):
+            (update,) = what.updates(step)
+            assert int(update.microbatches[0].ids[0, 0]) == step - 1
+        assert asked == reads

@@ -72,6 +72,16 @@ def trained() -> Router:
     return fit([row.prompt for row in rows], Table.of(rows, list(candidates)), candidates, Learning(features=512))
 
 
+def test_without_tools_nobody_is_chosen_for_them(serve):
+    """Where the service runs none, the best of the others answers; a router that knows no other still does."""
+    chosen = trained().choose([Message(role="user", content="What is 2 + 3?")], tools=False)
+    assert chosen.effort != "tools"
+    client = serve(router=trained(), names=("tiny", "large")).client()
+    assert ask(client, "What is 2 + 3?").choices[0].message.content == "Five, I think."
+    only = Router({"a": Candidate(model="tiny", effort="tools")}, np.zeros((9, 1), dtype=np.float32), [1.0], 0.0)
+    assert only.choose([Message(role="user", content="Hi")], tools=False).name == "a"
+
+
 def test_a_trained_router_picks_model_and_effort(serve, tmp_path):
     """Per request, out of two served models, from the folder that training wrote."""
     trained().save(tmp_path / "router")

@@ -139,6 +139,13 @@ def test_embeddings_do_not_depend_on_the_parts(client, monkeypatch):
 # ---- tokens ----
 
 
+def test_a_long_text_is_not_cut_into_tokens(service, monkeypatch):
+    """The answer would be a hundred times as large."""
+    monkeypatch.setattr("nestling.serving.routes.tokens.MOST_TOKENS", 3)
+    refused = httpx.post(f"{service.url}/tokenize", json={"prompt": "one two three four five"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "string_above_max_length")
+
+
 def test_tokens_of_a_text_and_of_a_conversation(service, tokenizer):
     """/tokenize gives ids and pieces; /detokenize goes back."""
     told = httpx.post(f"{service.url}/tokenize", json={"prompt": "one two"}).json()

@@ -77,10 +77,13 @@ def test_too_many_are_refused(serve):
     """Beyond max_requests the answer is 503 with a time to come back, and nothing of the refused request stays."""
     service = serve(max_requests=3, rows=1)
     with pytest.raises(openai.InternalServerError) as caught:
-        service.client().chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], n=4)
+        service.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Hi"}], n=4, **LONG
+        )
     assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
     assert caught.value.response.headers["retry-after"] == "1"
     assert wait_until(lambda: service.driver.load == 0)
+    assert service.driver.steps < 50  # of 150 that each of the other three would take
 
 
 def test_a_service_ends_with_its_streams(make_app, serve):
@@ -151,12 +154,13 @@ def test_a_cancelled_stream_is_gone_within_a_step(driver, tokenizer):
     assert not busy
 
 
-def test_a_task_cancelled_while_it_submits_leaves_nothing(driver, tokenizer):
-    """The order may already lie in the queue: it is undone."""
+@pytest.mark.parametrize("prompt", ["one", "one " * 300], ids=["taken", "refused"])
+def test_a_task_cancelled_while_it_submits_leaves_nothing(driver, tokenizer, prompt):
+    """The order may already lie in the queue: it is undone, and not counted where the engine has refused it."""
 
     async def load_after() -> int:
         driver.start()
-        task = asyncio.create_task(driver.submit(endless(tokenizer)))
+        task = asyncio.create_task(driver.submit(Request(tokenizer.encode(prompt), endless(tokenizer).sampling)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

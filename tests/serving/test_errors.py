@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 
 HI = [{"role": "user", "content": "Hi"}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]
@@ -75,6 +76,22 @@ def test_mistakes_of_http(service, method, path, body, status, code):
     answer = httpx.request(method, service.url + path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code
+
+
+def test_a_crash_is_told_with_the_id_of_its_request(make_app):
+    """In OpenAI's shape, without what went wrong; the figures count it."""
+    app, _ = make_app()
+
+    @app.get("/v1/crash")
+    def crash() -> None:
+        raise RuntimeError("secret")
+
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        answer = client.get("/v1/crash", headers={"x-request-id": "mine"})
+        assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+        assert answer.json()["error"]["code"] == "internal_error"
+        assert "secret" not in answer.text
+        assert 'nestling_requests_total{route="/v1/crash",status="500"} 1.0' in client.get("/metrics").text
 
 
 def test_moderation_needs_a_model(client):

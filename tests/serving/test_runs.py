@@ -250,11 +250,16 @@ def test_a_report_is_shown_in_a_sandbox(served):
 
 
 def test_with_keys_runs_want_one(serve, folder):
-    """The list and the logs need the key; the ticket of a report is its own key."""
+    """The list and the logs need a key that is for them; the ticket of a report is its own key."""
     run = make_run(folder / "a", "finished", ("pretrain", "sft"))
     (run / "report.html").write_text("<p>well done</p>")
-    service = serve(runs=Runs(folder), keys=[{"name": "ann", "secret": "a"}])
+    service = serve(
+        runs=Runs(folder), keys=[{"name": "ann", "secret": "a", "runs": True}, {"name": "bob", "secret": "b"}]
+    )
     with httpx.Client(base_url=service.url) as client:
+        for path in ("/api/runs", "/api/runs/a", "/api/runs/a/metrics", "/api/runs/nowhere"):
+            refused = client.get(path, headers={"authorization": "Bearer b"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "runs_forbidden"), path
         assert client.get("/api/runs").status_code == client.get("/api/runs/a/metrics").status_code == 401
         told = client.get("/api/runs/a", headers={"authorization": "Bearer a"}).json()
         assert client.get(told["report"]).status_code == 200

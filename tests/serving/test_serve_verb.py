@@ -14,9 +14,10 @@ import httpx
 import openai
 import pytest
 
-from nestling.cli.serve import serve
+from nestling.cli.serve import KEY_VARIABLE, _keys, serve
 from nestling.core.errors import UserError
 from nestling.model import checkpoint
+from nestling.serving.settings import Key
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,15 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, monkeypatch, options, m
     with pytest.raises(UserError, match=message) as caught:
         serve(models, store="none", **given)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    """Training runs are for the keys that say so, and for the one of the environment."""
+    (tmp_path / "keys.txt").write_text("# name key\nann a\n\nbob b runs\n")
+    monkeypatch.setenv(KEY_VARIABLE, "mine")
+    found = [Key(**row) for row in _keys(tmp_path / "keys.txt")]
+    told = [(key.name, key.secret.get_secret_value(), key.runs) for key in found]
+    assert told == [("ann", "a", False), ("bob", "b", True), ("default", "mine", True)]
 
 
 def test_a_taken_port_is_told(folder):

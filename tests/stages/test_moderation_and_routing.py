@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from taught import teach
 
 from nestling.core import pipeline
 from nestling.core.errors import UserError
@@ -24,7 +26,8 @@ from nestling.serving.router import Router
 from nestling.stages import moderation
 from nestling.stages.moderation import CATEGORIES, folds, group_of
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.special import CHAT
+from nestling.tokenizer.conversation import render
+from nestling.tokenizer.special import CHAT, THINK_END, THINK_START, TURN_END
 
 MODEL = {"d_model": 16, "n_layers": 1, "n_heads": 2, "context": 64}
 STAGES: dict[str, Any] = {
@@ -207,6 +210,47 @@ def test_trials_and_router(tmp_path: Path) -> None:
     assert reports["router"]["always_small"] == "direct"
     choice = Router.load(tmp_path / "run" / "router" / "model").choose((Message(role="user", content="What is 1 + 2?"),))
     assert (choice.model, choice.effort) == ("chat", "direct")
+
+
+def thinker(folder: Path) -> None:
+    """A model that begins a thought unasked on sums, never ends it by itself, and is right once it has been ended."""
+    said = ("It is 6.", "It is 5.", "Hello! How can I help you?")
+    asked = [[Message(role="user", content=text)] for text in ("What is 2 + 3?", "Hello!")]
+    tokenizer = Tokenizer.train([*said, *(turn.content for (turn,) in asked), "hm hm", "assistant"] * 3, 300)
+    tokenizer = tokenizer.with_special(CHAT)
+    wrong, right, greeting = ([*tokenizer.encode(text), tokenizer.id(TURN_END)] for text in said)
+    add, greet = (render(tokenizer, prompt, prompt=True).ids for prompt in asked)
+    thought = [tokenizer.id(THINK_START), *tokenizer.encode(" hm" * 40)[:40]]
+    ended = [[*ids, *thought[:7], tokenizer.id(THINK_END), *end] for ids, end in ((add, right), (greet, greeting))]
+    talks = [*ended, *[[*add, *thought]] * 2, [*add, *wrong], *[[*greet, *greeting]] * 2, [*greet, *thought]]
+    torch.manual_seed(0)
+    shape = {"d_model": 48, "n_layers": 2, "n_heads": 2, "context": 96}
+    model = build(DecoderConfig(vocab_size=tokenizer.vocab_size, **shape))
+    teach(model, talks, steps=120)
+    checkpoint.save(folder / "model", model, tokenizer, {})
+
+
+def test_a_thought_pays_where_it_helps(tmp_path: Path) -> None:
+    """Candidates answer as the service lets them: direct without a thought, thinking with one of bounded length."""
+    thinker(tmp_path / "thinker")
+    kinds = {
+        "What is 2 + 3?": {"kind": "arithmetic_plain", "expression": "2 + 3", "answer": "5"},
+        "Hello!": {"kind": "greeting", "aspect": "greeting"},
+    }
+    rows = [{"prompt": [{"role": "user", "content": text}], "meta": meta} for text, meta in kinds.items()] * 15
+    (tmp_path / "prompts").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "prompts" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    candidates = {"direct": {"model": "small"}, "thinking": {"model": "small", "effort": "thinking"}}
+    reads = {"prompts": str(tmp_path / "prompts"), "small": str(tmp_path / "thinker")}
+    trials = {"reads": reads, "max_tokens": 24, "world": {"size": "tiny"}, "candidates": candidates}
+    reports = run(tmp_path / "run", {"trials": trials, "router": {}})
+    found = {name: row["accuracy"] for name, row in reports["trials"]["candidates"].items()}
+    assert found == {"direct": 0.5, "thinking": 1.0}
+    assert reports["router"]["router_accuracy"] == 1.0
+    assert reports["router"]["policies"]["router"]["shares"] == {"direct": 0.5, "thinking": 0.5}
+    router = Router.load(tmp_path / "run")
+    assert [router.choose((Message(role="user", content=text),)).effort for text in kinds] == ["thinking", "direct"]
 
 
 def test_a_candidate_needs_its_model(tmp_path: Path) -> None:

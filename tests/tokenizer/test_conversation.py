@@ -134,6 +134,19 @@ def test_parse_reply_keeps_broken_calls_and_drops_thoughts(tokenizer: Tokenizer)
     assert parse_reply(tokenizer, [think, *text("hm"), done, *text("yes")]).content == "yes"
 
 
+def test_a_thought_is_written_between_its_tokens(tokenizer: Tokenizer, theirs: Any) -> None:
+    """Learnt as it is generated and as the template says it; only at the beginning of what an assistant says."""
+    said = [Message(role="user", content="12 + 3?"), Message(role="assistant", content="<think>hm</think>It is 15.")]
+    rendered = render(tokenizer, said)
+    assert rendered.ids == _template_ids(theirs, said)
+    written = [number for number, mine in zip(rendered.ids, rendered.mask, strict=True) if mine]
+    thought = [tokenizer.id("<think>"), *tokenizer.encode("hm"), tokenizer.id("</think>")]
+    assert written == [*thought, *tokenizer.encode("It is 15."), tokenizer.id("<|im_end|>")]
+    assert parse_reply(tokenizer, written).content == "It is 15."
+    for role, content in (("user", "<think>hm</think>"), ("assistant", "Write <think>hm</think>"), ("assistant", "<think>")):
+        assert tokenizer.id("<think>") not in render(tokenizer, [Message(role=role, content=content)]).ids
+
+
 def test_bad_conversations_are_user_errors(tokenizer: Tokenizer, theirs: Any) -> None:
     with pytest.raises(UserError, match="no message"):
         render(tokenizer, [])

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.core.errors import UserError
-from nestling.core.types import Message, ToolCall
+from nestling.core.storage import read_rows, write_rows
+from nestling.core.types import Conversation, Message, ToolCall
+from nestling.loading.chats import ChatLoader
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, parse_reply, render, reply_ids
 from nestling.tokenizer.foreign import _rows
@@ -75,6 +77,24 @@ def test_ids_are_those_of_transformers(named: tuple[str, Tokenizer, Any]) -> Non
                 given = {"tools": [TOOL]} if messages is ASKED else {}
                 ids = expected(theirs, messages, add_generation_prompt=prompt, **given)
                 assert render(tokenizer, messages, [TOOL] if given else (), prompt=prompt).ids == ids
+
+
+def test_definitions_in_a_row_are_what_is_learnt(tmp_path: Path) -> None:
+    """From the file to the batch: the tools of a row reach a foreign template whole, and ours by their names."""
+    folder = make(tmp_path / "qwen", FORMS["qwen"])
+    tokenizer, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    sizes = {"a": {"type": "integer", "description": "é <b>"}, "b": {"enum": [1, None, "two"]}}
+    function = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": sizes, "required": ["a"]}}
+    talk = Conversation(messages=tuple(ASKED), tools=({"type": "function", "function": function},))
+    write_rows(tmp_path / "rows.jsonl", [talk.to_row()])
+    (row,) = read_rows(tmp_path / "rows.jsonl", Conversation.from_row)
+    batch = ChatLoader([row], tokenizer, 512, 1, seed=0).batch(0)
+    wanted = expected(theirs, ASKED, tools=[{"type": "function", "function": function}])
+    assert [int(batch.ids[0, 0]), *batch.targets[0].tolist()][: len(wanted)] == wanted
+    assert '"description": "é <b>"' in tokenizer.decode(wanted)
+    assert wanted != expected(theirs, ASKED, tools=[TOOL])
+    own = Tokenizer.train(TEXT, 300).with_special(CHAT)
+    assert render(own, row.messages, row.tools).ids == render(own, row.messages, ["add"]).ids
 
 
 def test_ids_are_those_of_transformers_on_any_text(named: tuple[str, Tokenizer, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,13 @@ def test_without_a_compiler_training_goes_on(tmp_path: Path, monkeypatch: pytest
     assert said == ["compile: off, no C++ compiler was found; training goes on uncompiled"]
 
 
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    block: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    for there, said in ((False, "Triton is missing or doesn't know this GPU"), (True, None)):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda there=there: there)
+        assert compiling.missing_compiler([block]) == said
+
+
 class FailsBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -83,6 +91,7 @@ def test_a_compiler_that_fails_is_one_line_and_plain_calls(monkeypatch: pytest.M
     blocks(torch.arange(3)).sum().backward()
     assert len(said) == 1
     assert "going on uncompiled" in said[0]
+    assert all(block._compiled_call_impl is None for block in blocks.blocks), "a model asks this"
     assert all(weight.grad is not None for weight in blocks.parameters())
 
 

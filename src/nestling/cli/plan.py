@@ -20,6 +20,7 @@ from nestling.core.registry import find, names
 from nestling.core.runtime import Runtime, detect, measured_peak
 from nestling.core.storage import read_json
 from nestling.model.config import DecoderConfig
+from nestling.model.depth import TOKENS_PER_WEIGHT, rates
 from nestling.model.hub import from_hub, make_config
 from nestling.model.locate import checkpoint_folder
 from nestling.planning.activations import Microbatch
@@ -107,8 +108,20 @@ def _of_recipe(
                 "seconds": work.flops() / rate,
                 "exact": work.exact,
             }
+            if "depth" in (getattr(one.stage.settings, "model", None) or {}):
+                tokens = work.sequences * work.width
+                enough = -(-TOKENS_PER_WEIGHT * counts.active // tokens)
+                row["of_depth"] = {**_sizes(work.models[0]), **_rates(one.stage.settings), "steps_that_suit": enough}
         listed.append(row)
     return {"stages": listed, "speed": {**asdict(speed), "measured": bool(seen), "flops": rate}, "runtime": runtime.name}
+
+
+def _sizes(config: DecoderConfig) -> dict[str, int]:
+    return {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads, "head_size": config.head}
+
+
+def _rates(settings: Any) -> dict[str, float]:
+    return {name: getattr(settings.training, name) for name in rates(1)}
 
 
 def _of_model(config: DecoderConfig, tokens: float, rows: int, runtime: Runtime, speed: Speed) -> dict[str, Any]:
@@ -116,6 +129,9 @@ def _of_model(config: DecoderConfig, tokens: float, rows: int, runtime: Runtime,
     counts, work = count_parameters(config), flops_per_token(config)
     exact = {"exact": work.training, "6ND": six_n_d(config, 1), "8ND": six_n_d(config, 1, recomputed=True)}
     return {
+        "sizes": _sizes(config),
+        "rates": rates(config.d_model),
+        "tokens_that_suit": TOKENS_PER_WEIGHT * counts.active,
         "parameters": {**asdict(counts), "total": counts.total, "active": counts.active},
         "flops_per_token": {**asdict(work), "forward": work.forward, "backward": work.backward, **exact},
         "training_memory": _training_memory(config, rows, runtime),
@@ -156,10 +172,21 @@ def _show_recipe(console: Console, found: Mapping[str, Any], title: str) -> None
             f"{most}{row['peak_memory'] / GB:.2f} GB", f"{row['disk'] / GB:.2f} GB", most + duration(row["seconds"]),
         )  # fmt: skip
     console.print(table)
+    for row in trained:
+        if dial := row.get("of_depth"):
+            console.print(f"{row['stage']}: {_described(dial, dial)}; about {dial['steps_that_suit']:,} steps are "
+                          f"{TOKENS_PER_WEIGHT} tokens a weight")  # fmt: skip
     others = ", ".join(row["stage"] for row in found["stages"] if "flops" not in row)
     total = duration(sum(row["seconds"] for row in trained))
     console.print(f"training in all: {total}, at {_speed(found['speed'])}")
     console.print(f"not counted: {others}; and what Python and PyTorch take themselves, about 0.4 GB")
+
+
+def _described(sizes: Mapping[str, int], chosen: Mapping[str, Any]) -> str:
+    return (
+        f"{sizes['n_layers']} layers, width {sizes['d_model']}, {sizes['n_heads']} heads of {sizes['head_size']}; "
+        f"learning rates {chosen['learning_rate']} (matrices), {chosen['adam_learning_rate']} (the rest)"
+    )
 
 
 def _speed(speed: Mapping[str, Any]) -> str:
@@ -184,6 +211,8 @@ def _show_model(console: Console, found: Mapping[str, Any]) -> None:
     table.add_row("in all, forward", written(weights["total"]), f"{work['forward']:.3g}")
     table.add_row("in use, forward and backward", written(weights["active"]), f"{work['exact']:.3g}")
     console.print(table)
+    console.print(f"{_described(found['sizes'], found['rates'])}: what depth sets for this width")
+    console.print(f"{TOKENS_PER_WEIGHT} tokens a weight: {written(found['tokens_that_suit'])}")
     _show_memory(console, found)
     if found["tokens"]:
         for name, run in found["run"].items():

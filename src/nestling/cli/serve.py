@@ -34,6 +34,7 @@ from nestling.serving.store.store import Store
 from nestling.tools import Toolbox
 
 KEY_VARIABLE = "NESTLING_API_KEY"
+KEYS = f"Lines NAME KEY, with the word runs behind those that may see training runs; {KEY_VARIABLE} gives one that may."
 LOG_LINES = 10_000
 """That may wait to be written."""
 SWITCH_SECONDS = 0.0005
@@ -46,7 +47,7 @@ def serve(
     models: Annotated[list[str] | None, MODELS] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; others than loopback demand a key.")] = None,
     port: Annotated[int | None, typer.Option(help="Port, 8000 unless said; 0 takes a free one.")] = None,
-    key_file: Annotated[Path | None, typer.Option(help=f"Lines NAME KEY; {KEY_VARIABLE} gives one key.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help=KEYS)] = None,
     tool: Annotated[list[str] | None, typer.Option(help="A file of tools/ that the service runs; may repeat.")] = None,
     store: Annotated[
         str, typer.Option(help="Database of conversations and feedback: a file or URL; none for none.")
@@ -172,7 +173,8 @@ def _keys(path: Path | None) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't be read: {error}", where=path) from None
     rows = [line.split() for line in lines if line.strip() and not line.startswith("#")]
-    if any(len(row) != 2 for row in rows):
-        raise UserError("a line of it is not a name and a key", where=path)
+    if any(row[2:] not in ([], ["runs"]) or len(row) < 2 for row in rows):
+        raise UserError("a line of it is not a name and a key", where=path, fix="write NAME KEY, or NAME KEY runs")
     alone = os.environ.get(KEY_VARIABLE)
-    return [{"name": name, "secret": secret} for name, secret in [*rows, *([("default", alone)] if alone else [])]]
+    rows += [["default", alone, "runs"]] if alone else []
+    return [{"name": name, "secret": secret, "runs": bool(more)} for name, secret, *more in rows]

@@ -153,16 +153,20 @@ def measured_peak(runtime: Runtime, size: int = 1024, seconds: float = 0.3) -> f
     """
     import torch
 
-    size = 8192 if runtime.device.type == "cuda" else size
-    left = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
-    right = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
+    device, dtype = runtime.device, runtime.dtype
+    size = 8192 if device.type == "cuda" else size
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    scale = torch.ones((), device=device)
     best = 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        left @ right
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize()
+        if dtype.itemsize == 1:
+            torch._scaled_mm(left, right.T, scale, scale, out_dtype=torch.bfloat16)
+        else:
+            left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # which may not be the current one
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 

@@ -6,7 +6,7 @@ Rows of files and values in memory are the same thing: `from_row` reads a JSON o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,8 @@ from nestling.core.config import nearest
 from nestling.core.errors import UserError
 
 Role = Literal["system", "user", "assistant", "tool"]
+Tool = str | dict[str, Any]
+"""A tool on offer: its name, or its whole definition in OpenAI's shape."""
 
 
 class Row(BaseModel):
@@ -108,14 +110,14 @@ class Message(Row):
 
 
 class Conversation(Row):
-    """Messages in order, the names of the tools on offer, and what the maker of the data knows about it (`meta`).
+    """Messages in order, the tools on offer, and what the maker of the data knows about it (`meta`).
 
     >>> Conversation.from_row({"messages": [{"role": "user", "content": "Hi"}]}).messages[0].content
     'Hi'
     """
 
     messages: tuple[Message, ...]
-    tools: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
     meta: dict[str, Any] = {}
 
     @field_validator("messages")
@@ -127,16 +129,32 @@ class Conversation(Row):
 
     @field_validator("tools", mode="before")
     @classmethod
-    def _tool_names(cls, tools: Any) -> Any:
-        """Names, or OpenAI's tool objects, of which the name is kept."""
-        return tuple(t["function"]["name"] if isinstance(t, Mapping) else t for t in tools or ())
+    def _tools_have_names(cls, tools: Any) -> Any:
+        return checked_tools(tools)
+
+    def offering(self, tools: Sequence[Tool]) -> Self:
+        """The same with other tools."""
+        return self.model_copy(update={"tools": tuple(tools)})
 
     def to_row(self) -> dict[str, Any]:
-        """The OpenAI shape, with `tools` as names."""
+        """The OpenAI shape, with `tools` as names or definitions."""
         row: dict[str, Any] = {"messages": [message.to_row() for message in self.messages]}
         if self.tools:
             row["tools"] = list(self.tools)
         return row | ({"meta": self.meta} if self.meta else {})
+
+
+def checked_tools(tools: Any) -> tuple[Tool, ...]:
+    """Tools of a row, none where it has none.
+
+    Raises:
+        ValueError: something that is neither a name nor a definition with a name.
+    """
+    for tool in tools or ():
+        function = tool.get("function") if isinstance(tool, Mapping) else {"name": tool}
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError('a tool is its name, or {"type": "function", "function": {"name": …, "parameters": …}}')
+    return tuple(tools or ())
 
 
 class Document(Row):
@@ -178,10 +196,20 @@ class PromptRow(Row):
     prompt: tuple[Message, ...]
     meta: dict[str, Any] = {}
 
+    @field_validator("meta")
+    @classmethod
+    def _tools_have_names(cls, meta: dict[str, Any]) -> dict[str, Any]:
+        checked_tools(meta.get("tools"))
+        return meta
+
     @property
-    def tools(self) -> tuple[str, ...]:
-        """Names of the tools on offer."""
-        return tuple(self.meta.get("tools", ()))
+    def tools(self) -> tuple[Tool, ...]:
+        """The tools on offer."""
+        return tuple(self.meta.get("tools") or ())
+
+    def offering(self, tools: Sequence[Tool]) -> Self:
+        """The same with other tools."""
+        return self.model_copy(update={"meta": {**self.meta, "tools": list(tools)}})
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object."""

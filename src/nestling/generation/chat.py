@@ -24,7 +24,7 @@ from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, parse_reply, render
-from nestling.tokenizer.foreign import Tool
+from nestling.tokenizer.foreign import Tool, tool_name
 from nestling.tokenizer.special import CALL_START
 
 MAX_ROUNDS = 4
@@ -82,7 +82,7 @@ def ask(tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, see
     return Request(ids, sampling, seed, interject=loop if loop.tools else None)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Sequence[Message], tools: Sequence[str]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
     """The ids that a model goes on from.
 
     Raises:
@@ -91,19 +91,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Sequence[Message], tools: Sequence[
     return render(tokenizer, prompt, offered(tokenizer, tools), prompt=True).ids
 
 
-def offered(tokenizer: Tokenizer, tools: Sequence[str]) -> Sequence[Tool]:
+def offered(tokenizer: Tokenizer, tools: Sequence[Tool]) -> Sequence[Tool]:
     """What a model is told of tools: ours know them by name, others read their definitions."""
     if tokenizer.has_own_form:
         return tools
     known = registry.names("tools")
-    return [toolbox.schema(name) if name in known else name for name in tools]
+    return [toolbox.schema(tool) if isinstance(tool, str) and tool in known else tool for tool in tools]
 
 
 class ToolLoop:
     """Serves the tool calls of one reply, as the `interject` of its request."""
 
     def __init__(
-        self, tokenizer: Tokenizer, tools: Sequence[str] = (), max_rounds: int = MAX_ROUNDS, run: Run = toolbox.run
+        self, tokenizer: Tokenizer, tools: Sequence[Tool] = (), max_rounds: int = MAX_ROUNDS, run: Run = toolbox.run
     ) -> None:
         self.tools, self._answer = tuple(tools) if tokenizer.takes_tools else (), run
         self.prompt: tuple[Message, ...] = ()
@@ -146,8 +146,9 @@ class ToolLoop:
         return Reply((*self.messages, last), text, completion)
 
     def _run(self, call: ToolCall) -> str:
-        if call.name not in self.tools:
-            return f"error: no tool {call.name!r} on offer; there is {', '.join(self.tools)}"
+        names = [tool_name(tool) for tool in self.tools]
+        if call.name not in names:
+            return f"error: no tool {call.name!r} on offer; there is {', '.join(names)}"
         return self._answer(call.name, call.arguments)
 
 

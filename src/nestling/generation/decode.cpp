@@ -16,6 +16,7 @@
 #endif
 
 constexpr int LANES = 16;
+constexpr int AHEAD = 4096;  // bytes: weights are asked for so much before they are used, as machines look no further than a page
 typedef float Vec __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Half __attribute__((vector_size(32), aligned(2)));
 typedef uint32_t Word __attribute__((vector_size(64), aligned(4)));
@@ -95,7 +96,11 @@ static void tile(const W* w, const typename Form<W>::Input* x, int64_t ldx, int6
     Vec acc[P][B] = {};
     for (int64_t k = 0; k < in; k += STEP) {
         typename Form<W>::Panel panel[P];
-        for (int p = 0; p < P; p++) panel[p] = Form<W>::read(w + (p * in + k) / STEP * LANES);
+        for (int p = 0; p < P; p++) {
+            const W* from = w + (p * in + k) / STEP * LANES;
+            panel[p] = Form<W>::read(from);
+            if (B > 2) __builtin_prefetch((const char*)from + AHEAD);  // one or two tokens leave no time for it
+        }
         for (int b = 0; b < B; b++)
             for (int p = 0; p < P; p++) acc[p][b] = Form<W>::add(acc[p][b], panel[p], x + b * ldx + k);
     }
@@ -124,7 +129,7 @@ static void panels(const Linear& m, int64_t first, int64_t last, const typename 
 
 template <class W, int B>
 static void rows(const Linear& m, int64_t first, int64_t last, const typename Form<W>::Input* x, int64_t ldx, float* y, int64_t ldy, bool add) {
-    constexpr int P = B >= 4 ? 2 : 4;
+    constexpr int P = B >= 16 ? 1 : B >= 4 ? 2 : 4;
     const int64_t even = first + (last - first) / P * P;
     panels<W, P, B>(m, first, even, x, ldx, y, ldy, add);
     panels<W, 1, B>(m, even, last, x, ldx, y, ldy, add);
@@ -159,6 +164,7 @@ static void linear(const Linear& m, int64_t n, const float* from_x, int64_t ldx,
     for (int64_t from = first; from < last; from += 4) {
         const int64_t to = from + 4 < last ? from + 4 : last;
         int64_t b = 0;
+        for (; b + 16 <= n; b += 16) rows<W, 16>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 8 <= n; b += 8) rows<W, 8>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 4 <= n; b += 4) rows<W, 4>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 2 <= n; b += 2) rows<W, 2>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
@@ -204,16 +210,20 @@ static inline void store(T* p, Vec v, int64_t size) {
 }
 
 // `scores` has room for the span and a vector, `query` for a head and a vector. A head's last vector may reach into the next
-// place, which the cache always has: there the query is zero, and what is mixed is not stored.
+// place, which the cache always has: there the query is zero, and what is mixed is not stored. The memory is asked for values
+// while keys are read, and for the `next` keys while values are: most of the time would pass in waiting for it.
 template <class KV>
-static void attend(const float* q, const KV* keys, const KV* values, int64_t span, int64_t size, float* scores, float* query,
-                   float* out) {
+static void attend(const float* q, const KV* keys, const KV* values, const KV* next, int64_t span, int64_t size, float* scores,
+                   float* query, float* out) {
     const float scale = 1 / std::sqrt((float)size);
     float most = -INFINITY;
     for (int64_t i = 0; i < size + LANES; i++) query[i] = i < size ? q[i] * scale : 0;
     for (int64_t s = 0; s < span; s++) {
         Vec acc = {};
-        for (int64_t i = 0; i < size; i += LANES) acc += load(query + i) * load(keys + s * size + i);
+        for (int64_t i = 0; i < size; i += LANES) {
+            acc += load(query + i) * load(keys + s * size + i);
+            __builtin_prefetch(values + s * size + i);
+        }
         scores[s] = sum(acc);
         most = scores[s] > most ? scores[s] : most;
     }
@@ -232,6 +242,8 @@ static void attend(const float* q, const KV* keys, const KV* values, int64_t spa
         for (; s + 2 <= span; s += 2) {
             even += load(values + s * size + i) * scores[s];
             odd += load(values + (s + 1) * size + i) * scores[s + 1];
+            __builtin_prefetch(next + s * size + i);
+            __builtin_prefetch(next + (s + 1) * size + i);
         }
         if (s < span) even += load(values + s * size + i) * scores[s];
         store(out + i, (even + odd) / total, size - i);
@@ -286,8 +298,8 @@ static void walk(const Model& m, const Cache& cache, const Tokens& tokens, float
             const auto mix = [&](int64_t b, int64_t g) {
                 const Place<KV> from = at(cache, stored, tokens.rows[b], g);
                 for (int64_t h = g * group; h < (g + 1) * group; h++)
-                    attend(joint + b * width + h * m.head, from.keys, from.values, tokens.places[b] + 1, m.head, scores.data(),
-                           query.data(), mixed + b * wide + h * m.head);
+                    attend(joint + b * width + h * m.head, from.keys, from.values, from.keys + cache.head, tokens.places[b] + 1,
+                           m.head, scores.data(), query.data(), mixed + b * wide + h * m.head);
             };
             for (int64_t t = first; t < end; t++) {
                 const int64_t b = t / m.kv_heads, g = t % m.kv_heads;

@@ -278,7 +278,7 @@ class Engine:
     def _advance(self, group: Group, raw: Tensor, hidden: Tensor, place: int) -> list[Running]:
         """raw [N, V] and hidden [N, D] of all rows -> a token for every row of the group; who goes on at once."""
         raw = group.pick(raw)
-        logits = raw if self._banned is None else raw.masked_fill(self._banned, -torch.inf)
+        logits = raw if self._banned is None else raw.index_fill(2, self._banned, -torch.inf)
         view = View(group.running, logits, group.pick(hidden), group.columns)
         taken: list[bool] = []
         if group.proposals:
@@ -417,12 +417,12 @@ def _extend(running: Running, row: Row, token: int, logprob: float, top: Alterna
 
 
 def _banned_tokens(model: Decoder, tokenizer: Tokenizer) -> Tensor | None:
-    """[V] true where a token may never be written: ids without a token, and in our form padding and a turn's beginning."""
+    """Ids that may never be written: those without a token, and in our form padding and a turn's beginning."""
     banned = torch.arange(model.config.vocab_size) >= tokenizer.vocab_size
     for name in (PAD, TURN_START):
         if name in tokenizer.special and tokenizer.has_own_form:
             banned[tokenizer.special[name]] = True
-    return banned.to(model.output_weight.device) if bool(banned.any()) else None
+    return banned.nonzero()[:, 0].to(model.output_weight.device) if bool(banned.any()) else None
 
 
 def _cache_dtype(model: Decoder, dtype: torch.dtype | None, frozen: bool) -> torch.dtype | None:

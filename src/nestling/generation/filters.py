@@ -124,6 +124,11 @@ def _entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).nansum(1, keepdim=True)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """[.., V] float32 -> [..] the first of the likeliest; on a CPU by numpy, which needs a tenth of torch's time."""
+    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+
+
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One token per row by inverting the cumulative distribution: softmax(logits) [B, V] at uniform [B] in [0, 1).
 

@@ -38,6 +38,8 @@ LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PAIRS = 3
 """The kind of bfloat16 on a machine that multiplies pairs of them."""
+AT_ONCE = 256
+"""Tokens per call: a longer prompt goes in parts, whose activations stay in the cores' caches."""
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu_squared": 3}
 
 
@@ -109,30 +111,36 @@ class Native:
         self._model = _Model(ctypes.addressof(layers), self._norm(model.norm), *sizes)
         self._output = self._linear(model.output_weight, None)
 
-    def hidden(self, ids: Tensor, counts: Tensor | None, cache: KVCache) -> Tensor:
-        """The next tokens of the first N rows of a cache: outputs [N, T, D]; those at padding are zero.
+    def hidden(self, ids: Tensor, rows: Tensor, counts: Tensor | None, cache: KVCache) -> Tensor:
+        """The next tokens of N rows of a cache: outputs [N, T, D]; those at padding are zero.
 
         Keys and values are stored behind those that the rows have; the cache's lengths are left to the caller.
 
         Args:
             ids: [N, T], right-padded.
+            rows: [N] of the cache, all different.
             counts: [N] valid tokens of each row; all of them when not given.
         """
         n, t = ids.shape
-        rows, places = torch.arange(n), cache.lengths[:n]
+        places = cache.lengths[rows]
         if t == 1:
-            return self._walk(ids, rows, places, cache).view(n, 1, -1)
+            return self._walk(ids.view(n), rows, places, cache).view(n, 1, -1)
         every = torch.arange(t).expand(n, t)
         valid = torch.ones_like(every, dtype=torch.bool) if counts is None else every < counts.unsqueeze(1)
         outputs = torch.zeros(n, t, self._source.config.d_model)
         rows, places = rows.unsqueeze(1).expand(n, t)[valid], (places.unsqueeze(1) + every)[valid]
-        outputs[valid] = self._walk(ids[valid], rows, places, cache)
+        parts = zip(ids[valid].split(AT_ONCE), rows.split(AT_ONCE), places.split(AT_ONCE), strict=True)
+        outputs[valid] = torch.cat([self._walk(*part, cache, several=True) for part in parts])
         return outputs
 
-    def _walk(self, ids: Tensor, rows: Tensor, places: Tensor, cache: KVCache) -> Tensor:
-        """Tokens, M ids in the order of their texts, at these rows and places [M] of the cache: outputs [M, D]."""
+    def _walk(self, ids: Tensor, rows: Tensor, places: Tensor, cache: KVCache, several: bool = False) -> Tensor:
+        """Tokens, M ids in the order of their texts, at these rows and places [M] of the cache: outputs [M, D].
+
+        Args:
+            several: a text may have more than one.
+        """
         model, count = self._source, len(places)
-        x = model.embedding(ids.view(count)).float()
+        x = model.embedding(ids).float()
         if not isinstance(model.positions, RotaryPositions) and (placed := model.positions.embed(places)) is not None:
             x = x + placed
         space = torch.empty(count * self._space)
@@ -140,8 +148,7 @@ class Native:
         half, capacity = int(cache.stored.dtype == torch.bfloat16), cache.stored.shape[4]
         held = _Cache(cache.stored.data_ptr(), layer, value, row, head, half, capacity)
         tables, cos, sin = self._angles(places)
-        several = int(count > int(rows[-1]) + 1)
-        tokens = _Tokens(count, several, tables, rows.data_ptr(), places.data_ptr(), _pointer(cos), _pointer(sin))
+        tokens = _Tokens(count, int(several), tables, rows.data_ptr(), places.data_ptr(), _pointer(cos), _pointer(sin))
         self._model.threads = torch.get_num_threads()
         pointers = c_void_p(x.data_ptr()), c_void_p(space.data_ptr())
         if self._library.decode(byref(self._model), byref(held), byref(tokens), *pointers):

@@ -127,7 +127,7 @@ class ChatSession:
         request = ask(self.engine.tokenizer, prompt, self.sampling, seed, loop)
         running = self.engine.submit(request, stream=True)
         try:
-            listener = Listener(self.engine.tokenizer, loop.tools)
+            listener = Listener(self.engine.tokenizer, self.tools if loop.tools else ())
             yield from _events(listener.listen(self.engine.pieces(running)), loop)
         finally:
             self._keep(running, loop)

@@ -89,7 +89,7 @@ class Draft:
             del self._held[running]
 
     def propose(self, asked: Sequence[tuple[Running, int]], banned: Tensor | None) -> dict[Running, Proposal]:
-        """At most so many tokens for each request, which has one row. `banned` [V] are never written."""
+        """At most so many tokens for each request, which has one row. `banned` ids are never written."""
         texts = {running: [*running.prompt, *running.rows[0].ids] for running, _ in asked}
         wanted = {
             running: count
@@ -140,7 +140,7 @@ class Draft:
         last = hidden[torch.arange(len(going)), counts - 1].unsqueeze(1)  # [G, 1, D]
         logits = self._model.unembed(last).float()
         if banned is not None:
-            logits = logits.masked_fill(banned, -torch.inf)
+            logits = logits.index_fill(2, banned, -torch.inf)
         view = View(going, logits, last, {})
         q = distribution(view)
         tokens = filters.draw(q.log(), view.uniforms()).tolist()

@@ -30,8 +30,11 @@ class TokenBatch:
     """[B, T] long; slots see each other only within one segment. Padding is a segment of its own."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The batch on another device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """The batch on another device; the way to a GPU leads through pinned memory, so that nobody waits for it."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        if torch.device(device).type == "cuda" and self.ids.device.type == "cpu":
+            parts = {name: part.contiguous().pin_memory() for name, part in parts.items()}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
     def rows(self, start: int, stop: int) -> Self:
         """Rows [start, stop) as a batch: a microbatch, or one rank's share."""

@@ -5,8 +5,8 @@
 They are applied from outside: a layer is exchanged for one that holds the same weight tensor beside its A and B. What is
 frozen asks for no gradient, so it has no optimiser state and no fp32 master, may be bf16, and is shared by copies that
 differ in their adapters (a policy and its reference). Tokens that were added for the training have new rows in the
-embedding; those rows learn too. The feed-forwards of a model with
-experts are not adapted. The file format is in `peft.py`.
+embedding; those rows learn too. Experts have an A and a B each; their router stays as it is. The file format is in
+`peft.py`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.model.decoder import Decoder
+from nestling.model.experts import StackedLinear, grouped_linear
 
 M = TypeVar("M", bound=nn.Module)
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -81,6 +82,30 @@ class Adapted(nn.Linear):
         return _linear((self.weight.detach().float() + self.scale * added).to(self.weight.dtype), self.bias)
 
 
+class AdaptedStack(StackedLinear):
+    """The layers of all experts with an adapter each; `weight` is the plain stack's own tensor."""
+
+    def __init__(self, plain: StackedLinear, lora_a: Tensor, lora_b: Tensor, scale: float, origin: Adaptation) -> None:
+        super(StackedLinear, self).__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.weight, device = plain.weight, plain.weight.device
+        self.lora_a = nn.Parameter(lora_a.to(device, torch.float32))  # [E, r, in]
+        self.lora_b = nn.Parameter(lora_b.to(device, torch.float32))  # [E, out, r]
+        self.scale, self.origin = scale, origin
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x [N, in] sorted by expert, of which counts [E] belong to each -> [N, out]."""
+        inner = grouped_linear(x, self.lora_a.to(x.dtype), counts)
+        return super().forward(x, counts) + self.scale * grouped_linear(inner, self.lora_b.to(x.dtype), counts)
+
+    def merged(self) -> StackedLinear:
+        """A plain stack that computes the same."""
+        plain = StackedLinear(0, self.in_features, self.out_features)
+        added = self.lora_b.detach().float() @ self.lora_a.detach().float()
+        plain.weight = nn.Parameter((self.weight.detach().float() + self.scale * added).to(self.weight.dtype))
+        return plain
+
+
 class TrainedRows(nn.Module):
     """A table of which some rows learn: in the place of an embedding, or of an output layer that is not tied to it."""
 
@@ -103,14 +128,16 @@ class TrainedRows(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def adapt(model: Decoder, origin: Adaptation, generator: torch.Generator, tokens: Sequence[int] = ()) -> None:
+def adapt(
+    model: Decoder, origin: Adaptation, generator: torch.Generator | None = None, tokens: Sequence[int] = ()
+) -> None:
     """Freeze a model and give its layers adapters, in place. A is drawn as a linear layer's weight, B is zero.
 
     Args:
         tokens: ids whose rows in the embedding (and in an output layer of its own) learn too.
 
     Raises:
-        UserError: a target that the model doesn't have.
+        UserError: a target that the model doesn't have, or dropout where experts are adapted.
     """
     settings, layers = origin.settings, dict(adaptable(model))
     found = {path.rsplit(".", 1)[-1] for path in layers}
@@ -120,23 +147,40 @@ def adapt(model: Decoder, origin: Adaptation, generator: torch.Generator, tokens
     model.requires_grad_(False)
     for path, plain in layers.items():
         if not settings.targets or path.rsplit(".", 1)[-1] in settings.targets:
-            bound = plain.in_features**-0.5
-            lora_a = torch.empty(settings.rank, plain.in_features).uniform_(-bound, bound, generator=generator)
-            zero = torch.zeros(plain.out_features, settings.rank)
-            put(model, path, Adapted(plain, lora_a, zero, settings.scale(), origin))
+            bound, experts = plain.in_features**-0.5, plain.weight.shape[:-2]
+            lora_a = torch.empty(*experts, settings.rank, plain.in_features).uniform_(-bound, bound, generator=generator)
+            zero = torch.zeros(*experts, plain.out_features, settings.rank)
+            put(model, path, with_adapter(plain, lora_a, zero, settings.scale(), origin))
     if tokens:
         for path in ("embedding",) if model.head is None else ("embedding", "head"):
             put(model, path, TrainedRows(model.get_submodule(path).weight, tokens))  # type: ignore[arg-type]
 
 
-def adaptable(model: Decoder) -> Iterable[tuple[str, nn.Linear]]:
-    """(path, layer) of every plain linear layer in the blocks.
+def with_adapter(
+    plain: nn.Linear | StackedLinear, lora_a: Tensor, lora_b: Tensor, scale: float, origin: Adaptation
+) -> Adapted | AdaptedStack:
+    """The layer that takes the place of a plain one.
 
-    Of a model with experts only the attention's: PEFT takes the name of any feed-forward's layer for the experts'.
+    Raises:
+        UserError: experts and dropout, which PEFT refuses: it adds B A to their weights before there is an input to drop.
     """
+    if isinstance(plain, nn.Linear):
+        return Adapted(plain, lora_a, lora_b, scale, origin)
+    _without_dropout(origin.settings)
+    return AdaptedStack(plain, lora_a, lora_b, scale, origin)
+
+
+def _without_dropout(settings: AdapterSettings) -> None:
+    if settings.dropout:
+        fix = "use 0, or name targets without gate, up and down"
+        raise UserError("experts are adapted without dropout", where="adapters.dropout", value=settings.dropout, fix=fix)
+
+
+def adaptable(model: Decoder) -> Iterable[tuple[str, nn.Linear | StackedLinear]]:
+    """(path, layer) of every plain linear layer in the blocks, and every stack of experts; routers aside."""
     for path, module in model.blocks.named_modules(prefix="blocks"):
-        if type(module) is nn.Linear and (model.config.experts is None or ".attention." in path):
-            yield path, module
+        if type(module) in (nn.Linear, StackedLinear) and not path.endswith(".router"):
+            yield path, module  # type: ignore[misc]
 
 
 def put(model: nn.Module, path: str, part: nn.Module) -> None:
@@ -145,21 +189,24 @@ def put(model: nn.Module, path: str, part: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, part)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted | AdaptedStack]:
     """The layers with adapters, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted | AdaptedStack)}
 
 
 def adaptation(model: nn.Module) -> Adaptation | None:
     """How a model is adapted; None where it isn't."""
-    return next((module.origin for module in model.modules() if isinstance(module, Adapted)), None)
+    return next((layer.origin for layer in adapted_layers(model).values()), None)
 
 
 def resume(model: Decoder, settings: AdapterSettings) -> None:
     """Train the adapters that a model has further: with the dropout of these settings."""
     for layer in adapted_layers(model).values():
         layer.origin = replace(layer.origin, settings=settings)
-        layer.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
+        if isinstance(layer, AdaptedStack):
+            _without_dropout(settings)
+        else:
+            layer.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
 
 
 def copied(model: M) -> M:
@@ -178,7 +225,7 @@ def merge(model: Decoder) -> Decoder:
     Weights that had an adapter are new tensors, so copies that shared them stay as they are.
     """
     for path, module in list(model.named_modules()):
-        if isinstance(module, Adapted):
+        if isinstance(module, Adapted | AdaptedStack):
             put(model, path, module.merged())
         elif isinstance(module, TrainedRows):
             weight = module.weight.detach()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from nestling.core.config import Config
 from nestling.core.errors import UserError
+from nestling.model.depth import with_depth
 from nestling.model.rope import RopeScaling
 
 
@@ -31,7 +33,8 @@ class Experts(Config):
 class DecoderConfig(Config):
     """Sizes and parts of one decoder. Shape letters: B batch, T time, D d_model, H n_heads, K head_size, V vocab_size.
 
-    Sizes left at None follow from others: see `kv_heads`, `head` and `ff`, which are what the code reads.
+    Sizes left at None follow from others: see `kv_heads`, `head` and `ff`, which are what the code reads. In the place of
+    d_model, n_layers and n_heads there may stand `depth`: see `depth.py`.
     """
 
     architecture: str = Field(default="qwen3", description="File of model/architectures that builds this decoder.")
@@ -84,6 +87,11 @@ class DecoderConfig(Config):
         for name, field in cls.model_fields.items():
             if field.description is None and name in DecoderConfig.model_fields:
                 field.description = DecoderConfig.model_fields[name].description
+
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_is_sizes(cls, settings: Any) -> Any:
+        return with_depth(settings) if isinstance(settings, Mapping) and "depth" in settings else settings
 
     @property
     def kv_heads(self) -> int:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from nestling.core import registry
 from nestling.core.errors import UserError
-from nestling.model.attention import Scene, additive, causal_mask, explicit_pays
+from nestling.model.attention import Scene, additive, block_mask, compute_dtype, explicit_pays, flex_pays
 from nestling.model.block import BLOCKS
 from nestling.model.cache import CacheStep, KVCache
 from nestling.model.config import DecoderConfig
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
             x = x + placed
         x = self.dropout(x)
         lengths = step.positions[:, 0] + step.counts.to(ids.device) if step and self.positions.reads_lengths else None
-        scene = Scene(self._mask(ids, segments, step), self.positions.rotation(positions, lengths))
+        scene = Scene(self._mask(x, segments, step), self.positions.rotation(positions, lengths))
         if step is None:
             for block in self.blocks:
                 x = block(x, scene)
@@ -108,14 +108,14 @@ class Decoder(nn.Module):
         """[V, D] weights of the output layer; the embedding's where the two are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled for what is computed now: only what trains is (`training/compiling.py`)."""
+        return self.training and torch.is_grad_enabled() and self.blocks[0]._compiled_call_impl is not None
+
     def parameter_count(self) -> int:
         """Number of weights, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
-
-    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile one block and reuse it for all layers (regional compilation); calls with a cache stay eager."""
-        for block in self.blocks:
-            block.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def resize_vocabulary(self, size: int, generator: torch.Generator | None = None) -> None:
         """Grow (or cut) the vocabulary to `size`; old ids keep their logits, new ones start near the old ones' mean."""
@@ -135,23 +135,28 @@ class Decoder(nn.Module):
                 fix=f"use at most {self.config.context}",
             )
 
-    def _mask(self, ids: Tensor, segments: Tensor | None, step: CacheStep | None) -> Tensor | None:
-        """The additive mask of all layers; None where the attention kernel's own causal mask says it all."""
-        t, device = ids.shape[1], ids.device
-        keys = torch.arange(t if step is None else step.span, device=device)
+    def _mask(self, x: Tensor, segments: Tensor | None, step: CacheStep | None) -> Tensor | BlockMask | None:
+        """The mask of all layers; None where the attention kernel's own causal mask says it all."""
+        t, device = x.shape[1], x.device
+        span = t if step is None else step.span
+        window = self.config.window if self.config.window and self.config.window < span else None
+        causal = step is None and segments is None and window is None and self.config.positions != "alibi"
+        if causal and not explicit_pays(device, t):
+            return None
+        if step is None and self.compiled and flex_pays(self.config, device, t):
+            return block_mask(t, device, segments, window)
+        keys = torch.arange(span, device=device)
         queries = keys.unsqueeze(0) if step is None else step.positions  # [B or 1, T]
         distance = queries.unsqueeze(-1) - keys  # [B or 1, T, S]
-        penalty = self.positions.penalty(distance)
-        window = self.config.window if self.config.window and self.config.window < keys.numel() else None
-        if step is None and segments is None and penalty is None and window is None:
-            return causal_mask(t, device) if explicit_pays(device, t) else None
         visible = distance >= 0
         if window is not None:
             visible = visible & (distance < window)
         if segments is not None:
             visible = visible & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
         mask = additive(visible).unsqueeze(1)  # [B or 1, 1, T, S]
-        return mask if penalty is None else mask + penalty
+        penalty = self.positions.penalty(distance)
+        mask = mask if penalty is None else mask + penalty
+        return mask.to(compute_dtype(x)) if step is None and not explicit_pays(device, t) else mask
 
 
 def build(config: DecoderConfig, generator: torch.Generator | None = None) -> Decoder:

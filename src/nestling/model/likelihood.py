@@ -8,12 +8,14 @@ are few enough to stay in the processor's cache, and the log-sum-exp is in float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nestling.model.attention import compute_dtype
 from nestling.model.decoder import Decoder
 
 CHUNK_LOGITS = 1 << 20
@@ -51,7 +53,8 @@ def next_token_loss_sum(model: Decoder, batch: Batch, *, chunk: int | None = Non
         chunk: tokens per chunk of the output layer; chosen by the vocabulary when not given.
     """
     hidden = model.hidden(batch.ids, positions=batch.positions, segments=batch.segments)
-    return weighted_loss_sum(hidden, model.output_weight, batch.targets, batch.weights, chunk=chunk)
+    fuse = model.compiled and hidden.device.type == "cuda"
+    return weighted_loss_sum(hidden, model.output_weight, batch.targets, batch.weights, chunk=chunk, fuse=fuse)
 
 
 def token_logprobs(
@@ -84,21 +87,26 @@ def hidden_logprobs(
 ) -> Tensor:
     """`token_logprobs` from the decoder's output: hidden [.., D], weight [V, D], targets [..] -> [..] float32."""
     wanted = targets >= 0
-    dtype = _compute_dtype(hidden)
+    places = wanted.nonzero(as_tuple=True)  # once: a GPU is waited for
+    dtype = compute_dtype(hidden)
     out = torch.zeros(targets.shape, device=hidden.device)
-    chosen = hidden[wanted].to(dtype)  # [N, D]
-    found = _Logprobs.apply(chosen, weight.to(dtype), targets[wanted], temperature, chunk)
+    chosen = hidden[places].to(dtype)  # [N, D]
+    found = _Logprobs.apply(chosen, weight.to(dtype), targets[places], temperature, chunk)
     return out.masked_scatter(wanted, found)
 
 
 def weighted_loss_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None, fuse: bool = False
 ) -> Tensor:
-    """Σ weight · -log p(target) from the decoder's output; tokens of weight 0 are not computed."""
-    wanted = weights != 0
-    dtype = _compute_dtype(hidden)
-    chosen = (hidden[wanted].to(dtype), weight.to(dtype), targets[wanted], weights[wanted].float())
-    return _LossSum.apply(*chosen, chunk)
+    """Σ weight · -log p(target) from the decoder's output; tokens of weight 0 are not computed.
+
+    Args:
+        fuse: compile what lies between the products, which a GPU otherwise spends more time on than on these.
+    """
+    places = weights.nonzero(as_tuple=True)  # once: a GPU is waited for
+    dtype = compute_dtype(hidden)
+    chosen = (hidden[places].to(dtype), weight.to(dtype), targets[places], weights[places].float())
+    return _LossSum.apply(*chosen, chunk, fuse)
 
 
 class _Logprobs(torch.autograd.Function):
@@ -140,12 +148,17 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None, fuse: bool
     ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         logits = _Logits(hidden, weight, 1.0, _chunk_size(weight, chunk))
         total = _Gradients(logits, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad[:2]) else None
         for part in _parts(len(hidden), logits.rows):
+            if fuse and total is not None:
+                found, dz = _compiled()(logits.rounded(part), targets[part], weights[part])
+                loss += found
+                total.through(part, dz)
+                continue
             scaled, scale = logits.of(part), weights[part]
             scaled.sub_(scaled.amax(1, keepdim=True))
             chosen = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1)
@@ -163,7 +176,25 @@ class _LossSum(torch.autograd.Function):
         to_hidden, to_weight = ctx.saved_tensors
         factor = gradients[0]
         weight = None if to_weight is None else (to_weight * factor).to(ctx.dtype)
-        return to_hidden * factor.to(to_hidden.dtype), weight, None, None, None
+        return to_hidden * factor.to(to_hidden.dtype), weight, None, None, None, None
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_gradient)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ scale · -log p(target) of logits [n, V], and its gradient dz = scale · (p - onehot) in their dtype.
+
+    The same as the loop of `_LossSum` computes in place, in a form that a compiler makes two kernels of.
+    """
+    wide = logits.float()
+    normaliser = wide.logsumexp(1, keepdim=True)
+    hit = targets.unsqueeze(1) == torch.arange(wide.shape[1], device=wide.device)
+    loss = (normaliser - wide.gather(1, targets.unsqueeze(1))).squeeze(1) * scale
+    dz = ((wide - normaliser).exp() - hit.float()) * scale.unsqueeze(1)
+    return loss.sum(), dz.to(logits.dtype)
 
 
 class _Logits:
@@ -174,14 +205,22 @@ class _Logits:
         self.hidden, self.weight, self.temperature = hidden, weight, temperature
         self.rows = min(rows, max(1, len(hidden)))
         self.products = hidden.new_empty(self.rows, weight.shape[0])
-        self.wide = self.products.float()
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """Room for a chunk in float32."""
+        return self.products.float()
+
+    def rounded(self, part: slice) -> Tensor:
+        """The chunk's logits before division by τ, as the product gives them."""
+        hidden = self.hidden[part]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.mm(hidden, self.weight.T, out=self.products[: len(hidden)])
 
     def of(self, part: slice) -> Tensor:
         """The chunk's logits, the caller's to overwrite."""
-        hidden = self.hidden[part]
-        with torch.autocast(hidden.device.type, enabled=False):
-            products = torch.mm(hidden, self.weight.T, out=self.products[: len(hidden)])
-        wide = self.wide[: len(hidden)].copy_(products)
+        products = self.rounded(part)
+        wide = self.wide[: len(products)].copy_(products)
         return wide if self.temperature == 1.0 else wide.div_(self.temperature)
 
 
@@ -197,10 +236,13 @@ class _Gradients:
 
     def add(self, part: slice, p: Tensor, targets: Tensor, scale: Tensor) -> None:
         """One chunk of Σ scale · -log p(target): dz = scale · (p - onehot). `p` [n, V] holds scale · p and is used up."""
+        p.scatter_add_(1, targets.unsqueeze(1), -scale.unsqueeze(1))
+        self.through(part, self.logits.products[: len(p)].copy_(p))
+
+    def through(self, part: slice, dz: Tensor) -> None:
+        """The same from dz [n, V]."""
         hidden = self.logits.hidden[part]
         with torch.autocast(hidden.device.type, enabled=False):
-            p.scatter_add_(1, targets.unsqueeze(1), -scale.unsqueeze(1))
-            dz = self.logits.products[: len(p)].copy_(p)
             torch.mm(dz, self.logits.weight, out=self.hidden[part])
             if self.weight is not None:
                 self.weight += torch.mm(dz.T, hidden, out=self.share)
@@ -208,12 +250,6 @@ class _Gradients:
 
 def _parts(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, size))
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What a matrix product would be computed in at this place."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _chunk_size(weight: Tensor, chunk: int | None) -> int:

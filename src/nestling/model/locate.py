@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from nestling.core.errors import UserError
@@ -31,6 +32,14 @@ def checkpoint_folder(path: str | Path) -> Path:
             if (path / spec["name"] / "stage.json").exists() and _generates(candidate):
                 return candidate
     raise UserError("no model here", where=path, fix="name a run folder, a checkpoint folder or a Hugging Face folder")
+
+
+def places(path: str | Path) -> Iterator[Path]:
+    """Where something saved may lie behind `path`: there, in its `model/`, in that of a run's stages, the last first."""
+    path = Path(path)
+    yield from (path, path / MODEL)
+    if (path / "recipe.json").exists():
+        yield from (path / spec["name"] / MODEL for spec in reversed(read_json(path / "recipe.json")["stages"]))
 
 
 def _generates(folder: Path) -> bool:

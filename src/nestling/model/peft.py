@@ -2,14 +2,15 @@
 
 A family's own `export_weights` says what it calls a layer and in which form it keeps it: numbered rows are sent through
 it. GPT-2's one matrix for queries, keys and values has one adapter there, of the ranks of our three together: their A
-below one another, their B as blocks on the diagonal.
+below one another, their B as blocks on the diagonal. So have the gates and ups of experts, which are one tensor there. PEFT
+calls that tensor, and all else in the feed-forwards of a family with experts, by a parameter's name (`target_parameters`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -25,9 +26,21 @@ from nestling.core.config import parse
 from nestling.core.errors import UserError
 from nestling.core.storage import read_json, write_json
 from nestling.model import hub
-from nestling.model.adapters import Adaptation, Adapted, AdapterSettings, Target, TrainedRows, adaptable, put
+from nestling.model.adapters import (
+    Adaptation,
+    Adapted,
+    AdaptedStack,
+    AdapterSettings,
+    Target,
+    TrainedRows,
+    adaptable,
+    adapted_layers,
+    put,
+    with_adapter,
+)
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
+from nestling.model.experts import StackedLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SCORE = "base_model.model.", "score.weight"
@@ -36,7 +49,6 @@ WRITES, SCORES = "CAUSAL_LM", "SEQ_CLS"
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False}
 """Settings of PEFT that we compute only this way, as are those of `ABSENT`, which must not be there."""
 ABSENT = (
-    "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
     "use_bdlora",
@@ -47,15 +59,35 @@ WHOLE = ("score", "classifier", "embed_tokens", "wte", "lm_head")
 """What may be kept whole in an adapter."""
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate|up|down)_proj")
+_INNER, _OUTER = "gate_up_proj", "down_proj"
+"""What transformers calls the stacks of a layer's experts, in the order in which PEFT puts adapters round them."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A matrix of the family's form: what it is called there, our layers in it, whether it is stored [in, out]."""
+    """A matrix of the family's form: what it is called there, our layers in it, whether it is stored [in, out].
+
+    Of `experts` it is a stack, a matrix for each. PEFT finds it by its `target`: a module, or (`parameter`) a tensor.
+    """
 
     name: str
     ours: tuple[str, ...]
-    turned: bool
+    turned: bool = False
+    experts: int = 0
+    parameter: bool = False
+
+    @property
+    def target(self) -> str:
+        """A module's name, or a parameter's."""
+        return f"{self.name}.weight" if self.parameter and not self.experts else self.name
+
+    def key(self, adapted: Collection[str]) -> str:
+        """What its adapter is called in a file where the places of these names are adapted."""
+        if not self.experts:
+            return self.name
+        module, _, part = self.name.rpartition(".")
+        return f"{module}.base_layer" if part == _INNER and f"{module}.{_OUTER}" in adapted else module
 
 
 def is_adapter(folder: Path) -> bool:
@@ -107,15 +139,20 @@ def places(config: DecoderConfig) -> list[Place]:
     """Every matrix of the family's checkpoint with our layers in it."""
     with torch.device("meta"):
         state = registry.find(hub.FOLDER, config.architecture).build(config).state_dict()
-    names = list(state)
+    names, count = list(state), config.experts.count if config.experts else 0
     numbered = {name: _numbered(value, index) for index, (name, value) in enumerate(state.items())}
-    found = []
-    for name, value in hub.export_weights(numbered, config).items():
-        if value.ndim == 2 and name.endswith(".weight"):
+    found: list[Place] = []
+    stacks: dict[str, list[str]] = {}
+    for called, value in hub.export_weights(numbered, config).items():
+        if value.ndim == 2 and called.endswith(".weight"):
             parts = dict.fromkeys((value.flatten() >> 32).tolist())
-            ours = tuple(names[number].removesuffix(".weight") for number in parts)
-            found.append(Place(name.removesuffix(".weight"), ours, turned=value.shape[0] == 1))
-    return found
+            ours, name = tuple(names[number].removesuffix(".weight") for number in parts), called.removesuffix(".weight")
+            if stack := _EXPERT.fullmatch(name):
+                stacks.setdefault(f"{stack[1]}.{_OUTER if stack[2] == 'down' else _INNER}", []).extend(ours)
+            else:
+                found.append(Place(name, ours, value.shape[0] == 1, parameter=count > 0 and ".feed_forward." in ours[0]))
+    fused = ((name, tuple(dict.fromkeys(ours))) for name, ours in stacks.items())
+    return [*found, *(Place(name, ours, experts=count, parameter=True) for name, ours in fused)]
 
 
 def _numbered(value: Tensor, index: int) -> Tensor:
@@ -133,16 +170,18 @@ def write(folder: Path, model: Decoder, origin: Adaptation, score: Tensor | None
     Args:
         score: weights of a scalar head, which are kept whole.
     """
-    settings, modules = origin.settings, dict(model.named_modules())
+    settings, modules, layers = origin.settings, dict(model.named_modules()), adapted_layers(model)
     tensors: dict[str, Tensor] = {} if score is None else {SCORE: score}
     known = places(model.config)
-    adapted = [place for place in known if any(isinstance(modules.get(path), Adapted) for path in place.ours)]
+    adapted = {place.name: place for place in known if any(path in layers for path in place.ours)}
     ranks, alphas = {}, {}
-    for place in adapted:
+    for place in adapted.values():
         lora_a, lora_b, scale = _joined([modules[path] for path in place.ours])  # type: ignore[arg-type]
-        tensors |= {f"{place.name}.lora_A.weight": lora_a, f"{place.name}.lora_B.weight": lora_b}
-        if len(lora_a) != settings.rank or scale != settings.scale():
-            ranks[place.name], alphas[place.name] = len(lora_a), scale / settings.scale(len(lora_a), 1.0)
+        rank, key = lora_a.shape[-2], place.key(adapted)
+        flat_b = lora_b.movedim(0, -1).flatten(1) if place.experts else lora_b  # [out, r E]
+        tensors |= {f"{key}.lora_A.weight": lora_a.flatten(0, -2), f"{key}.lora_B.weight": flat_b}
+        if rank != settings.rank or scale != settings.scale():
+            ranks[place.target], alphas[place.target] = rank, scale / settings.scale(rank, 1.0)
     rows = {p.name: part for p in known if isinstance(part := modules.get(p.ours[0]), TrainedRows)}
     tensors |= {f"{name}{ROWS}": part.rows for name, part in rows.items()}
     ready = {f"{PREFIX}{name}": value.detach().float().cpu().contiguous() for name, value in tensors.items()}
@@ -156,8 +195,9 @@ def write(folder: Path, model: Decoder, origin: Adaptation, score: Tensor | None
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
-        "target_modules": _short([place.name for place in adapted], [place.name for place in known]),
-        "fan_in_fan_out": any(place.turned for place in adapted),
+        "target_modules": _targets(adapted.values(), known, parameters=False),
+        "target_parameters": _targets(adapted.values(), known, parameters=True) or None,
+        "fan_in_fan_out": any(place.turned for place in adapted.values()),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": None if score is None else ["score"],
@@ -167,9 +207,10 @@ def write(folder: Path, model: Decoder, origin: Adaptation, score: Tensor | None
     write_json(folder / CONFIG, config)
 
 
-def _short(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names by which PEFT finds the layers: what follows the block's number, where it is adapted in every block."""
-    ends = {name: re.split(r"\.\d+\.", name, maxsplit=1)[-1] for name in known}
+def _targets(adapted: Iterable[Place], known: Iterable[Place], parameters: bool) -> list[str]:
+    """Names by which PEFT finds modules or parameters: what follows the block's number, where it is adapted in every block."""
+    names = [place.target for place in adapted if place.parameter == parameters]
+    ends = {place.target: re.split(r"\.\d+\.", place.target, maxsplit=1)[-1] for place in known}
     partly = {end for name, end in ends.items() if name not in names}
     return sorted({name if ends[name] in partly else ends[name] for name in names})
 
@@ -180,19 +221,19 @@ def base_record(origin: Adaptation, folder: Path) -> dict[str, str]:
     return {"path": path, "fingerprint": fingerprint(origin.base)}
 
 
-def _joined(layers: Sequence[Adapted | torch.nn.Linear]) -> tuple[Tensor, Tensor, float]:
-    """A [Σ r, in], B [Σ out, Σ r] and the scale of the layers of one matrix; those without an adapter add no rank."""
-    given = [layer for layer in layers if isinstance(layer, Adapted)]
-    total = sum(len(layer.lora_a) for layer in given)
-    lora_b = given[0].lora_b.new_zeros(sum(layer.out_features for layer in layers), total)
+def _joined(layers: Sequence[nn.Linear | StackedLinear]) -> tuple[Tensor, Tensor, float]:
+    """A [.., Σ r, in], B [.., Σ out, Σ r] and the scale of the layers of one matrix; those without an adapter add no rank."""
+    given = [layer for layer in layers if isinstance(layer, Adapted | AdaptedStack)]
+    lora_a = torch.cat([layer.lora_a.detach() for layer in given], -2)
+    lora_b = lora_a.new_zeros(*lora_a.shape[:-2], sum(layer.out_features for layer in layers), lora_a.shape[-2])
     row = column = 0
     for layer in layers:
-        if isinstance(layer, Adapted):
-            rank = len(layer.lora_a)
-            lora_b[row : row + layer.out_features, column : column + rank] = layer.lora_b.detach()
+        if isinstance(layer, Adapted | AdaptedStack):
+            rank = layer.lora_a.shape[-2]
+            lora_b[..., row : row + layer.out_features, column : column + rank] = layer.lora_b.detach()
             column += rank
         row += layer.out_features
-    return torch.cat([layer.lora_a for layer in given]), lora_b, given[0].scale
+    return lora_a, lora_b, given[0].scale
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -204,24 +245,29 @@ def read(folder: Path, base: Path, model: Decoder) -> Tensor | None:
     Raises:
         UserError: another method than plain LoRA, damaged weights, or an adapter of another model.
     """
-    config = _checked(read_json(folder / CONFIG), folder / CONFIG)
+    config = _checked(read_json(folder / CONFIG), folder / CONFIG, model.config)
     tensors = _tensors(folder)
-    layers, known = dict(adaptable(model)), places(model.config)
-    ours = [path for place in known for path in place.ours if f"{place.name}.lora_A.weight" in tensors]
+    named = tuple(f".{target}" for target in config.get("target_parameters") or ())
+    known = [place for place in places(model.config) if not place.experts or f".{place.target}".endswith(named)]
+    layers, stacks = dict(adaptable(model)), {place.name for place in known if place.experts}
+    ours = [path for place in known for path in place.ours if f"{place.key(stacks)}.lora_A.weight" in tensors]
     origin = Adaptation(_settings(config, ours, folder / CONFIG), base)
     model.requires_grad_(False)
     for place in known:
-        lora_a, lora_b = (tensors.pop(f"{place.name}.lora_{side}.weight", None) for side in "AB")
+        lora_a, lora_b = (tensors.pop(f"{place.key(stacks)}.lora_{side}.weight", None) for side in "AB")
         if lora_a is not None and lora_b is not None:
             parts = [layers.get(path) for path in place.ours]
             fits = all(part is not None and part.in_features == lora_a.shape[1] for part in parts)
             if not fits or sum(part.out_features for part in parts if part is not None) != len(lora_b):
                 raise _foreign(folder, place.name)
-            scale = _scale(config, origin.settings, place.name)
+            if place.experts:
+                lora_a = lora_a.unflatten(0, (place.experts, -1))  # [E, r, in]
+                lora_b = lora_b.unflatten(1, (-1, place.experts)).movedim(-1, 0)  # [E, out, r]
+            scale = _scale(config, origin.settings, place.target)
             pieces = _divided(lora_a, lora_b, [part.out_features for part in parts if part is not None])
             for path, part, piece in zip(place.ours, parts, pieces, strict=True):
                 if part is not None and piece is not None:
-                    put(model, path, Adapted(part, *piece, scale, origin))
+                    put(model, path, with_adapter(part, *piece, scale, origin))
         _read_rows(model, place, tensors, config, folder)
     score = tensors.pop(SCORE, None)
     if tensors:
@@ -229,10 +275,11 @@ def read(folder: Path, base: Path, model: Decoder) -> Tensor | None:
     return score
 
 
-def _checked(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+def _checked(config: Mapping[str, Any], where: Path, model: DecoderConfig) -> Mapping[str, Any]:
     """Refuse what PEFT can do and we can't."""
+    absent = ABSENT if model.experts else (*ABSENT, "target_parameters")
     whole = sorted({*(config.get("modules_to_save") or ())} - {*WHOLE})
-    for name, value in {**PLAIN, **dict.fromkeys(ABSENT), "modules_to_save": None}.items():
+    for name, value in {**PLAIN, **dict.fromkeys(absent), "modules_to_save": None}.items():
         found = whole if name == "modules_to_save" else config.get(name, value)
         if found != value and found not in (None, False, [], {}):
             fix = "merge it with PEFT's merge_and_unload, and load the merged model"
@@ -282,9 +329,10 @@ def _divided(lora_a: Tensor, lora_b: Tensor, sizes: Sequence[int]) -> Iterator[t
 
     Columns of B that are zero in a layer's rows do nothing there, so blocks that were joined come apart again.
     """
-    for rows in lora_b.split(list(sizes)):
-        used = rows.ne(0).any(0) if len(sizes) > 1 and lora_b.ne(0).any() else torch.ones(len(lora_a), dtype=torch.bool)
-        yield (lora_a[used], rows[:, used]) if used.any() else None
+    apart = len(sizes) > 1 and bool(lora_b.ne(0).any())
+    for rows in lora_b.split(list(sizes), dim=-2):
+        used = rows.ne(0).flatten(0, -2).any(0) if apart else torch.ones(rows.shape[-1], dtype=torch.bool)
+        yield (lora_a[..., used, :], rows[..., used]) if used.any() else None
 
 
 def _read_rows(

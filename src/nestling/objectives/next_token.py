@@ -68,6 +68,7 @@ class NextToken(Objective):
         self.device = model.output_weight.device
         self.byte_lengths = byte_lengths.to(self.device)
         self._slots_per_token = 1.0
+        self._ahead: dict[int, TokenBatch] = {}  # the next step's batch
 
     def trainable(self) -> dict[str, nn.Module]:
         """The decoder."""
@@ -79,7 +80,8 @@ class NextToken(Objective):
         Raises:
             UserError: the rows can't be divided into the microbatches, or among the processes.
         """
-        batch = _own_rows(self.batches.batch(step - 1))
+        batch = self._ahead.pop(step, None)
+        batch = self._rows(step) if batch is None else batch
         rows, pieces = len(batch), self.settings.microbatches
         if rows % pieces:
             fix = f"use a divisor of {rows}"
@@ -88,6 +90,12 @@ class NextToken(Objective):
         counts = sum_over_ranks(batch.counts)
         self._slots_per_token = batch.ids.numel() / max(1.0, batch.counts["tokens"])
         yield Update([batch.rows(start, start + size) for start in range(0, rows, size)], counts)
+        if self.device.type == "cuda":  # it is still computing what was asked of it
+            self._ahead = {step + 1: self._rows(step + 1)}
+
+    def _rows(self, step: int) -> TokenBatch:
+        """This process's share of a step's batch."""
+        return _own_rows(self.batches.batch(step - 1))
 
     def terms(self, microbatch: TokenBatch) -> list[Term]:
         """Cross-entropy in nats, summed over learnt tokens; of a model with experts also how evenly they were used.

@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nestling.model.adapters import Adaptation, AdapterSettings, adapt
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
 
@@ -54,17 +56,24 @@ class Activations:
     passing: int
 
 
-def activations(config: DecoderConfig, batch: Microbatch, recompute: bool = False) -> Activations:
-    """What the blocks keep of a microbatch, or, where they are computed again in the backward pass, only their inputs."""
+def activations(
+    config: DecoderConfig, batch: Microbatch, recompute: bool = False, adapters: AdapterSettings | None = None
+) -> Activations:
+    """What the blocks keep of a microbatch, or, where they are computed again in the backward pass, only their inputs.
+
+    Args:
+        adapters: that learn in the place of the weights.
+    """
     kinds = Counter(_alone(config, index) for index in range(config.n_layers))
-    kept = passing = shared = 0
+    kept = passing = 0
+    shared: list[int] = []
     stream = batch.tokens * config.d_model * (4 if batch.dtype == torch.float32 else 2)
     for layer, number in kinds.items():
-        seen = _rehearse(layer, batch)
-        shared = max(shared, seen.shared)
+        seen = _rehearse(layer, batch, adapters)
+        shared.append(max(0, seen.shared) if recompute else seen.shared)
         kept += number * (stream if recompute else seen.each)
         passing = max(passing, seen.passing + (seen.each if recompute else 0))
-    return Activations(shared + kept, passing)
+    return Activations(max(shared) + kept, passing)
 
 
 def _alone(config: DecoderConfig, index: int) -> DecoderConfig:
@@ -76,7 +85,8 @@ def _alone(config: DecoderConfig, index: int) -> DecoderConfig:
 
 
 class _Rehearsal(NamedTuple):
-    """Bytes kept beside the layers, by each of them, and on top of it all for a while."""
+    """Bytes kept beside the layers (less what a first layer spares whose input is frozen), by each of them, and on top of
+    it all for a while."""
 
     shared: int
     each: int
@@ -84,7 +94,7 @@ class _Rehearsal(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _rehearse(config: DecoderConfig, batch: Microbatch) -> _Rehearsal:
+def _rehearse(config: DecoderConfig, batch: Microbatch, adapters: AdapterSettings | None) -> _Rehearsal:
     """Forward and backward of `Decoder.hidden` with nothing computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import: only where something will train
 
@@ -93,6 +103,9 @@ def _rehearse(config: DecoderConfig, batch: Microbatch) -> _Rehearsal:
     device = torch.device(batch.device if grouped else "cpu")
     with FakeTensorMode(), device:
         model = Decoder(config).train()
+        if adapters:  # of a rank for which the grouped kernel is there
+            rank = -(-adapters.rank // 8) * 8 if config.experts else adapters.rank
+            adapt(model, Adaptation(adapters.model_copy(update={"rank": rank}), Path()))
         if batch.dtype == torch.bfloat16:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(batch.dtype)

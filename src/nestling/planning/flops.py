@@ -50,6 +50,11 @@ class Flops:
         """Forward and backward."""
         return self.forward + self.backward
 
+    @property
+    def weight_gradients(self) -> int:
+        """The part of a backward pass that weights ask for which learn, and frozen ones don't."""
+        return self.projections + self.feed_forward + self.logits
+
     def recomputed(self) -> int:
         """Training where the blocks are computed again in the backward pass: 8 N in the rule of thumb."""
         return self.training + self.forward - self.logits

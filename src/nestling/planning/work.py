@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nestling.model.adapters import AdapterSettings
 from nestling.model.config import DecoderConfig
 from nestling.planning.activations import Microbatch
 from nestling.planning.flops import flops_per_token
@@ -44,6 +45,8 @@ class Work:
     """Whether the sequences are known from the settings alone, or taken to be as long as they can be."""
     pieces_setting: str = "objective.microbatches"
     """The setting that divides a step further without another gradient."""
+    adapters: AdapterSettings | None = None
+    """That learn in the place of the models' weights."""
 
     @property
     def tokens(self) -> int:
@@ -59,6 +62,9 @@ class Work:
         """Operations of all steps."""
         counted = [flops_per_token(model, self.width, self.logits) for model in self.models]
         learning = sum(found.recomputed() if recompute else found.training for found in counted)
+        if self.adapters:
+            learning -= sum(found.weight_gradients for found in counted)
+            learning += sum(6 * Weights.of(model, self.adapters).learnt for model in self.models)
         reading = sum(flops_per_token(model, self.width).forward for model in self.readers)
         return float(self.steps * self.sequences * self.width) * (self.epochs * learning + reading)
 
@@ -69,7 +75,9 @@ class Work:
             weights: of all that learns, where not all of it does.
         """
         batch = Microbatch(-(-self.rows // how.processes), self.width, how.dtype, how.device, self.packed)
-        learning = Learning(batch, how.optimiser, self.microbatches, how.recompute, self.logits, how.heap)
+        learning = Learning(
+            batch, how.optimiser, self.microbatches, how.recompute, self.logits, how.heap, self.adapters
+        )
         held = Memory(cache=sum(cache_memory(m, self.written, dtype=how.dtype) for m in self.models[:1]))
         for number, model in enumerate(self.models):
             mine = Weights(0, 0, 0) if weights and number else weights

@@ -26,6 +26,8 @@ from nestling.serving.guarding import Guard, Watched
 from nestling.serving.models import Served
 from nestling.serving.protocol.deltas import Delta, Reader
 from nestling.serving.protocol.tools import Offer
+from nestling.serving.sending import all_or_first_error
+from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, parse_reply, render
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
 
@@ -192,22 +194,18 @@ class Answer:
         left = self._room
         share = EFFORTS.get(question.effort or "")
         calls = opened == CALL_START
+        bias = forbidden(tokenizer, calls=bool(question.offer.names), thoughts=share != 0)
         changes = {
             "max_tokens": left,
             "min_tokens": min(sampling.min_tokens, left),
-            "logit_bias": sampling.logit_bias | self._forbidden(share),
+            "logit_bias": sampling.logit_bias | bias,
             "constraint": question.offer.constraint if calls else sampling.constraint,
         }
-        limit = ThoughtLimit(self.served, int(left * share), opened) if share and not changes["constraint"] else None
+        limit = ThoughtLimit(tokenizer, int(left * share), opened) if share and not changes["constraint"] else None
         one_call = CALL_END in tokenizer.special and (calls or not question.offer.parallel)
         stops = self.served.driver.engine.stop_ids | {tokenizer.id(CALL_END)} if one_call else None
         seed = stream_seed(question.seed, "turn", turn)
         return Request(list(self._ids), sampling.model_copy(update=changes), seed, interject=limit, stop_ids=stops)
-
-    def _forbidden(self, share: float | None) -> dict[int, float]:
-        """A bias against calls where nothing may be called, and against thoughts where none are wanted."""
-        names = [CALL_START] * (not self.question.offer.names) + [THINK_START] * (share == 0)
-        return {self.served.tokenizer.special[name]: NEVER for name in names if name in self.served.tokenizer.special}
 
     def _closes_call(self, completion: Completion) -> bool:
         """Whether the turn ended where its call does, with a stop token, which is not among the pieces."""
@@ -276,11 +274,16 @@ def _json(arguments: Mapping[str, Any]) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
+def forbidden(tokenizer: Tokenizer, *, calls: bool, thoughts: bool) -> dict[int, float]:
+    """A bias against calls where nothing may be called, and against thoughts where none are wanted."""
+    names = [CALL_START] * (not calls) + [THINK_START, THINK_END] * (not thoughts)
+    return {tokenizer.special[name]: NEVER for name in names if name in tokenizer.special}
+
+
 class ThoughtLimit:
     """As the `interject` of a request: closes a thought that has become longer than `budget` tokens."""
 
-    def __init__(self, served: Served, budget: int, opened: str) -> None:
-        tokenizer = served.tokenizer
+    def __init__(self, tokenizer: Tokenizer, budget: int, opened: str) -> None:
         self._start, self._end = tokenizer.special.get(THINK_START), tokenizer.special.get(THINK_END)
         self._budget = max(budget, 1)
         self._length = 0 if opened == THINK_START else -1  # -1: not thinking
@@ -314,7 +317,7 @@ async def begin_all(answers: Sequence[Answer]) -> None:
     """
     begun = False
     try:
-        await asyncio.gather(*[answer.begin() for answer in answers])
+        await all_or_first_error(answer.begin() for answer in answers)
         begun = True
     finally:
         if not begun:

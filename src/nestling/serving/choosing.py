@@ -66,7 +66,9 @@ def choose(state: Any, name: str, messages: Sequence[Message]) -> Chosen:
         raise ApiError('"auto" needs a router; start the service with --router FOLDER', status=404,
                        code="model_not_found", param="model")  # fmt: skip
     try:
-        choice = state.router.choose(messages, [one.name for one in models if one.kind == "chat"])
+        chatting = [one for one in models if one.kind == "chat"]
+        tools = any(one.toolbox.names for one in chatting)
+        choice = state.router.choose(messages, [one.name for one in chatting], tools=tools)
     except UserError as error:
         raise ApiError.of(error, param="model") from None
     return Chosen(models.chat(choice.model), choice.effort)

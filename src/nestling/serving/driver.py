@@ -135,7 +135,7 @@ class Driver:
         self._open += 1
         try:
             await self.call(lambda engine: self._enter(engine, stream, request))
-        except UserError:
+        except (UserError, ApiError):
             self._open -= 1
             raise
         except asyncio.CancelledError:
@@ -200,6 +200,12 @@ class Driver:
     def _cancel(self, stream: Stream) -> None:
         if stream.running is not None:
             self.engine.cancel(stream.running)
+        else:  # the engine had refused it, and nobody was left to hear that
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._forget)
+
+    def _forget(self) -> None:
+        self._open -= 1
 
     def _hand_over(self) -> None:
         """Give what became readable to the event loop, in one call."""

@@ -123,7 +123,9 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _crash(request: Request, error: Exception) -> JSONResponse:
     """A mistake of ours; what it was stands in the log, not in the answer."""
-    return ApiError("the server made a mistake; its log says which", status=500, code="internal_error").response()
+    headers = {"x-request-id": request.state.record.id}
+    what = "the server made a mistake; its log says which"
+    return ApiError(what, status=500, code="internal_error", headers=headers).response()
 
 
 def explain(found: Sequence[Mapping[str, Any]]) -> ApiError:

@@ -26,7 +26,7 @@ from nestling.serving.settings import Key, ServeSettings
 
 GUARDED = ("/v1/", "/api/", "/tokenize", "/detokenize", "/metrics")
 """Paths that need a key where there are keys; the page itself and /health are open."""
-ANYBODY = Key(name="anybody", secret=SecretStr(""))
+ANYBODY = Key(name="anybody", secret=SecretStr(""), runs=True)
 MINUTE = 60.0
 
 
@@ -142,6 +142,7 @@ class Gate:
             await self._app(scope, _bounded(receive, self._settings.max_body_bytes), told)
         finally:
             record.route = record.route or getattr(scope.get("route"), "path", "")
+            record.status = record.status or 500  # what crashes is answered outside of this gate
             self._limits.spend(key, record.prompt_tokens + record.completion_tokens)
             self._observer.end(record)
 

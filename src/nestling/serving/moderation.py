@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 from nestling.core.errors import UserError
-from nestling.core.storage import read_json
 from nestling.evaluation.classification import Calibration
 from nestling.loading.labels import FRAME, filler, framed
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Classifier
-from nestling.model.locate import MODEL
+from nestling.model.locate import places
 from nestling.objectives._scoring import length_groups, pad_ids
 
 OVERLAP = 4  # a window shares one part in so many with the next one
@@ -57,7 +56,11 @@ class Moderator:
         Raises:
             UserError: there is none.
         """
-        return cls(checkpoint.load_classifier(_classifier_folder(Path(folder)), device))
+        place = next(filter(checkpoint.is_classifier, places(folder)), None)
+        if place is None:
+            fix = "name the folder that `nestling moderation` wrote"
+            raise UserError("no moderation model here", where=folder, fix=fix)
+        return cls(checkpoint.load_classifier(place, device))
 
     @property
     def never_trained(self) -> list[str]:
@@ -103,14 +106,3 @@ def _windows(ids: Sequence[int], room: int) -> list[Sequence[int]]:
     stride = room - room // OVERLAP
     last = max(0, len(ids) - room)
     return [ids[start : start + room] for start in [*range(0, last, stride), last]]
-
-
-def _classifier_folder(path: Path) -> Path:
-    """The folder of the moderation model behind `path`; of a run, the last stage that made one."""
-    candidates = [path, path / MODEL]
-    if (path / "recipe.json").exists():
-        candidates += [path / spec["name"] / MODEL for spec in reversed(read_json(path / "recipe.json")["stages"])]
-    for candidate in candidates:
-        if checkpoint.is_classifier(candidate):
-            return candidate
-    raise UserError("no moderation model here", where=path, fix="name the folder that `nestling moderation` wrote")

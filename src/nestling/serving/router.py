@@ -27,6 +27,7 @@ from nestling.core.errors import UserError
 from nestling.core.storage import atomic_folder, read_json, write_json
 from nestling.core.types import Message
 from nestling.evaluation.routing import Candidate, Effort, Table, choose
+from nestling.model.locate import places
 
 WEIGHTS, SETTINGS = "router.safetensors", "router.json"
 MARGINS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -66,19 +67,17 @@ class Router:
 
     @classmethod
     def load(cls, folder: str | Path) -> Router:
-        """The router of a folder that `nestling router` wrote.
+        """The router of a folder that `nestling router` wrote, or of a run that has one.
 
         Raises:
             UserError: there is none.
         """
-        folder = Path(folder)
-        if not (folder / SETTINGS).exists() and (folder / "router" / SETTINGS).exists():
-            folder = folder / "router"
-        if not (folder / SETTINGS).exists():
+        place = next((place for place in places(folder) if (place / SETTINGS).exists()), None)
+        if place is None:
             raise UserError("no router here", where=folder, fix="name the folder that `nestling router` wrote")
-        row = read_json(folder / SETTINGS)
+        row = read_json(place / SETTINGS)
         candidates = {name: Candidate(**settings) for name, settings in row["candidates"].items()}
-        return cls(candidates, load_file(folder / WEIGHTS)["weights"], row["costs"], row["margin"])
+        return cls(candidates, load_file(place / WEIGHTS)["weights"], row["costs"], row["margin"])
 
     def save(self, folder: str | Path) -> None:
         """Write the folder, whole or not at all."""
@@ -94,8 +93,13 @@ class Router:
         logits = features(prompts, len(self.weights) - 1) @ self.weights
         return _sigmoid(logits.astype(np.float64))
 
-    def choose(self, messages: Sequence[Message], served: Sequence[str] | None = None) -> Choice:
+    def choose(
+        self, messages: Sequence[Message], served: Sequence[str] | None = None, *, tools: bool = True
+    ) -> Choice:
         """Who should answer a conversation. `served` restricts the choice to models that are there.
+
+        Args:
+            tools: whether any are on offer; without them effort tools is chosen only where there is no other.
 
         Raises:
             UserError: none of the candidates' models is served.
@@ -104,6 +108,8 @@ class Router:
         open_ = [n for n, name in enumerate(names) if served is None or self.candidates[name].model in served]
         if not open_:
             raise UserError("none of the router's models is served", where="auto", value=list(served or ()))
+        if not tools:
+            open_ = [n for n in open_ if self.candidates[names[n]].effort != "tools"] or open_
         success = self.success([messages])[:, open_]
         taken = open_[int(choose(success, self.costs[open_], self.margin)[0])]
         candidate = self.candidates[names[taken]]

@@ -13,6 +13,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -98,7 +99,10 @@ class Runs:
                 if (path := _inside(folder, stage, file)) is None:
                     continue
                 key = f"{stage}/{log}"
-                part = _tail(path, places.get(key, [0, 0]))
+                try:
+                    part = _tail(path, places.get(key, [0, 0]))
+                except OSError:  # a stage that begins anew has just replaced its folder
+                    continue
                 told = stages.setdefault(stage, {"fresh": []})
                 told[log], reached[key] = part.rows, part.place
                 told["fresh"] += [log] * part.fresh
@@ -171,19 +175,29 @@ def _state(folder: Path, diary: Row, stages: list[Row]) -> str:
 def _progress(folder: Path, stage: str) -> Row:
     """How far a stage is that logs its steps: the last step, and the seconds that it took and will take."""
     path = _inside(folder, stage, LOGS["rows"])
-    if path is None:
-        return {}
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
-        rows = list(_rows(file.read()))
+    rows = list(_rows(_end(path))) if path else []
     return {key: rows[-1].get(key) for key in ("step", "seconds", "eta")} if rows else {}
+
+
+def _end(path: Path, size: int = 8192) -> bytes:
+    """The last bytes of a file; none where it has just been replaced."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _updated(folder: Path, stages: list[Row]) -> float:
     """Unix seconds of the latest sign of life."""
     files = [folder / RECIPE, folder / DIARY]
     files += [folder / stage["name"] / file for stage in stages for file in (RECORD, *LOGS.values())]
-    return max(path.stat().st_mtime for path in files if _is_file(path))
+    times = [0.0]
+    for path in files:
+        with suppress(OSError):  # not there yet, or just replaced
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _specs(folder: Path) -> list[Row]:

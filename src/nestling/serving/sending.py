@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -111,6 +111,17 @@ async def answer_to(request: Request, work: Coroutine[Any, Any, Response]) -> Re
         return await while_connected(request.receive, work)
     except ClientGone:
         return Response(status_code=CLIENT_GONE)
+
+
+async def all_or_first_error(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do all of it at once; where something fails the rest is finished too, so that all of it can be undone.
+
+    Raises:
+        Exception: the first one of them.
+    """
+    for failure in await asyncio.gather(*works, return_exceptions=True):
+        if failure is not None:
+            raise failure
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -18,6 +18,7 @@ class Key(Config):
     secret: SecretStr = Field(description="What the client sends as its API key.")
     requests_per_minute: int | None = Field(None, ge=1, description="Instead of the service's own limit.")
     tokens_per_minute: int | None = Field(None, ge=1, description="Instead of the service's own limit.")
+    runs: bool = Field(False, description="Whether its holder may look at training runs, which show data and settings.")
 
 
 class ServeSettings(Config):

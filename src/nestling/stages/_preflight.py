@@ -223,7 +223,8 @@ def _counted(modules: dict[str, nn.Module]) -> Weights:
     learnt = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     hidden = hidden_names(modules)
     matrices = sum(size for name, size in learnt.items() if name in hidden)
-    return Weights(sum(p.numel() for p in parameters.values()), sum(learnt.values()), matrices)
+    output = any(name.endswith(("embedding.weight", "head.weight", ".rows")) for name in learnt)
+    return Weights(sum(p.numel() for p in parameters.values()), sum(learnt.values()), matrices, output)
 
 
 def _too_large(name: str, memory: Memory, more: int, room: Room, remedies: Sequence[str]) -> UserError:

@@ -17,6 +17,7 @@ from nestling.core.pipeline import StageContext
 from nestling.core.runtime import torch_stream
 from nestling.core.storage import read_json, read_rows
 from nestling.core.types import Row
+from nestling.generation.chat import offered
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Request
@@ -195,6 +196,13 @@ def figures(result: TrainResult) -> dict[str, Any]:
 def read_split(folder: Path, split: str, kind: type[Row]) -> list[Any]:
     """All rows of one split of a data stage."""
     return list(read_rows(folder / f"{split}.jsonl", kind.from_row))
+
+
+def told(rows: Sequence[Any], tokenizer: Tokenizer) -> list[Any]:
+    """Conversations or prompts whose tools are spelled out as they will be when the model writes (see `offered`)."""
+    if tokenizer.has_own_form:
+        return list(rows)
+    return [row.offering(offered(tokenizer, row.tools)) if row.tools else row for row in rows]
 
 
 class SampleWriter:

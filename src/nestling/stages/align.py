@@ -40,6 +40,7 @@ from nestling.stages._training import (
     read_split,
     save_model,
     starting_model,
+    told,
 )
 from nestling.stages._truth import WorldSettings, rubric_scorer
 from nestling.tokenizer.conversation import render
@@ -79,11 +80,11 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
 def work(settings: Settings, known: Known) -> Work | None:
     """What a step reads, before the prompts are known: prompts and replies as long as the context."""
     chosen = parse(find("objectives", settings.objective).Settings, settings.settings, "settings")
-    return replies_work(chosen, settings.training.steps, known, "settings.microbatches")
+    return replies_work(chosen, settings, known, "settings.microbatches")
 
 
 def replies_work(
-    chosen: PolicySettings, steps: int, known: Known, pieces: str = "objective.microbatches"
+    chosen: PolicySettings, settings: Comparison, known: Known, pieces: str = "objective.microbatches"
 ) -> Work | None:
     """A step of any on-policy objective: the policy writes, all models read, the policy (and a value model) learn."""
     policy, reward = known.get("policy"), known.get("reward")
@@ -92,17 +93,18 @@ def replies_work(
     learnt = (policy, reward) if "value_weight" in type(chosen).model_fields else (policy,)
     return Work(
         learnt,
-        steps,
+        settings.training.steps,
         chosen.rollouts,
         policy.context,
         minibatches=chosen.minibatches,
         microbatches=chosen.microbatches,
         epochs=chosen.epochs,
         readers=(policy, policy, reward, *learnt),
-        frozen=(policy, reward),
+        frozen=() if settings.adapters else (policy, reward),  # adapters share what is frozen
         written=chosen.rollouts,
         exact=False,
         pieces_setting=pieces,
+        adapters=settings.adapters,
     )
 
 
@@ -114,7 +116,9 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
         chosen: that objective's settings.
     """
     start = starting_model(settings, context, "policy")
-    train, held_out = (read_split(context.reads["prompts"], split, PromptRow) for split in ("train", "val"))
+    train, held_out = (
+        told(read_split(context.reads["prompts"], split, PromptRow), start.tokenizer) for split in ("train", "val")
+    )
     size = start.model.config.context
     loader = PromptLoader(
         train, start.tokenizer, size, chosen.prompts, context.seed, reserve=chosen.max_tokens, too_long="drop"
@@ -130,7 +134,7 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
         stuff = replace(stuff, models={"policy": start, "reward": starting_model(settings, context, "reward")})
     objective: OnPolicy = module.build(chosen, stuff)
     known = {"policy": start.model.config, "reward": model_in(context.reads["reward"])}
-    reading = replies_work(chosen, settings.training.steps, {role: found for role, found in known.items() if found})
+    reading = replies_work(chosen, settings, {role: found for role, found in known.items() if found})
     longest = max(len(prompt.ids) for prompts in loader.validation() for prompt in prompts)
     exact = reading and replace(reading, width=min(size, longest + chosen.max_tokens), exact=True)
     result = optimise(objective, settings.training, context, work=exact)

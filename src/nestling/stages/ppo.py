@@ -21,7 +21,7 @@ class Settings(Comparison):
 
 def work(settings: Settings, known: Known) -> Work | None:
     """What a step reads, before the prompts are known."""
-    return replies_work(settings.objective, settings.training.steps, known)
+    return replies_work(settings.objective, settings, known)
 
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:

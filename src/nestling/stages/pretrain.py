@@ -21,6 +21,7 @@ from nestling.loading.text import RowMode, TextLoader
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
+from nestling.model.depth import rates, with_depth
 from nestling.objectives import next_token
 from nestling.planning.work import Known, Work
 from nestling.stages._training import (
@@ -44,7 +45,11 @@ READS = {"tokens": "tokenize", "tokenizer": "tokenizer", "baseline?": "ngram", "
 class Settings(Adaptable):
     """A base model and how it is trained. With an input `start`, that model is trained further instead."""
 
-    model: dict[str, Any] = Field({}, description="Architecture and sizes; vocabulary and context are filled in.")
+    model: dict[str, Any] = Field(
+        {},
+        description="Architecture and sizes; vocabulary and context are filled in. {depth: 6} sets all sizes and the "
+        "learning rates that go with them; what is named beside it wins.",
+    )
     context: int = Field(256, ge=8, description="Tokens per row.")
     batch_rows: int = Field(32, ge=1, description="Rows per step, over all ranks.")
     rows: RowMode = Field("documents", description="Whole documents packed, or the running stream.")
@@ -54,6 +59,20 @@ class Settings(Adaptable):
     objective: next_token.Settings = next_token.Settings()
     sample_every: int = Field(0, ge=0, description="Steps between sampled texts; 0 samples at the end only.")
     samples: tuple[str, ...] = Field(("",), description="Prompts of the sampled texts; empty begins a new document.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_sets_rates(cls, settings: Any) -> Any:
+        """The rates that suit a model given by its depth, where the settings name none."""
+        model, lesson = settings.get("model"), settings.get("training")
+        if not isinstance(model, Mapping) or "depth" not in model or not isinstance(lesson, Mapping):
+            return settings
+        if (optimizer := lesson.get("optimizer", "muon")) == "muon":
+            return {**settings, "training": {**rates(with_depth(model)["d_model"]), **lesson}}
+        if "learning_rate" not in lesson:
+            fix = "set training.learning_rate"
+            raise UserError("depth knows the rates of muon only", where="model.depth", value=optimizer, fix=fix)
+        return settings
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Settings:
@@ -85,6 +104,7 @@ def work(settings: Settings, known: Known) -> Work:
         settings.context,
         microbatches=settings.objective.microbatches,
         packed=settings.rows != "windows",
+        adapters=settings.adapters,
     )
 
 

@@ -24,6 +24,7 @@ from nestling.stages._training import (
     read_split,
     save_model,
     starting_model,
+    told,
 )
 from nestling.training.health import Expected
 
@@ -49,9 +50,8 @@ def work(settings: Settings, known: Known) -> Work | None:
         return None
     responses = RESPONSES * settings.batch_prompts
     pieces = settings.objective.microbatches
-    return Work(
-        (model,), settings.training.steps, responses, model.context, microbatches=pieces, logits=False, exact=False
-    )
+    sizes = (settings.training.steps, responses, model.context)
+    return Work((model,), *sizes, microbatches=pieces, logits=False, exact=False, adapters=settings.adapters)
 
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
 
     def loader(rows: list[Ranking]) -> RankingLoader:
         size, prompts = start.model.config.context, settings.batch_prompts
-        return RankingLoader(rows, start.tokenizer, size, prompts, context.seed, too_long=settings.too_long)
+        return RankingLoader(told(rows, start.tokenizer), start.tokenizer, size, prompts, context.seed, too_long=settings.too_long)
 
     given: dict[str, Any] = {"rankings": loader(train_rows), "held_out": loader(held_out)}
     if (truth := objective_file.with_truth(held_out)) is not None:
@@ -89,5 +89,5 @@ def _reference_mean(settings: Settings, context: StageContext, objective: Any, t
     """The mean score of demonstrations, 0 without any."""
     if "conversations" not in context.reads or not settings.references:
         return 0.0
-    references = read_split(context.reads["conversations"], "val", Conversation)[: settings.references]
+    references = told(read_split(context.reads["conversations"], "val", Conversation)[: settings.references], tokenizer)
     return objective_file.reference_score(objective.model, tokenizer, references)

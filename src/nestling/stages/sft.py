@@ -25,6 +25,7 @@ from nestling.stages._training import (
     read_split,
     save_model,
     starting_model,
+    told,
 )
 from nestling.tokenizer.special import CHAT
 from nestling.tokenizer.template import CHAT_TEMPLATE
@@ -47,8 +48,9 @@ def work(settings: Settings, known: Known) -> Work | None:
     if not isinstance(model := known.get("model"), DecoderConfig):
         return None
     model = model.with_(vocab_size=model.vocab_size + len(CHAT))
+    sizes = (settings.training.steps, settings.batch_rows, model.context)
     pieces = settings.objective.microbatches
-    return Work((model,), settings.training.steps, settings.batch_rows, model.context, microbatches=pieces, packed=True)
+    return Work((model,), *sizes, microbatches=pieces, packed=True, adapters=settings.adapters)
 
 
 def run(settings: Settings, context: StageContext) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     size = base.model.config.context
     loaders = {
         split: ChatLoader(
-            read_split(context.reads["conversations"], split, Conversation),
+            told(read_split(context.reads["conversations"], split, Conversation), base.tokenizer),
             base.tokenizer,
             size,
             settings.batch_rows,

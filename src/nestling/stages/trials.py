@@ -21,12 +21,14 @@ from nestling.generation.sequence import Request
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.locate import checkpoint_folder
+from nestling.serving.answering import EFFORTS, ThoughtLimit, forbidden
+from nestling.serving.choosing import THINKING
 from nestling.stages._training import read_split
 from nestling.stages._truth import WorldSettings, correctness
 from nestling.tokenizer.conversation import parse_reply, render
 from nestling.tokenizer.special import THINK_START
 
-VERSION = 2
+VERSION = 3
 READS = {"prompts": "prompts", "small": "sft", "medium?": "medium", "large?": "large"}
 CANDIDATES = "candidates.json"
 
@@ -97,12 +99,13 @@ def _fits(settings: Settings, models: Mapping[str, Checkpoint], row: PromptRow) 
 def _outcomes(
     settings: Settings, context: StageContext, found: Checkpoint, candidate: Candidate, asked: Sequence[PromptRow]
 ) -> list[Outcome]:
-    """Score and cost of one candidate's answer to every prompt."""
+    """Score and cost of one candidate's answer to every prompt; it may think and call tools where the service lets it."""
     engine = Engine(found.model, found.tokenizer, rows=settings.rows, frozen=True)
-    sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens)
-    tools = settings.tools if candidate.effort == "tools" else ()
+    tools, thinks = settings.tools if candidate.effort == "tools" else (), candidate.effort == "thinking"
+    bias = forbidden(found.tokenizer, calls=bool(tools), thoughts=thinks)
+    sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens, logit_bias=bias)
     offered = [row.model_copy(update={"meta": {**row.meta, "tools": tools}}) for row in asked]
-    answer = _thoughtful if candidate.effort == "thinking" else _spoken
+    answer = _thoughtful if thinks else _spoken
     score = correctness(settings.world, context.seed)
     size = found.model.parameter_count()
     answers = answer(engine, offered, sampling, context.seed)
@@ -120,9 +123,12 @@ def _spoken(engine: Engine, rows: Sequence[PromptRow], sampling: Sampling, seed:
 
 
 def _thoughtful(engine: Engine, rows: Sequence[PromptRow], sampling: Sampling, seed: int) -> list[tuple[str, int]]:
-    """As `_spoken`, with a thought opened for the model; the thought costs, and is no part of the answer."""
+    """As `_spoken`, with a thought opened for the model and bounded; it costs, and is no part of the answer."""
     tokenizer, opened = engine.tokenizer, engine.tokenizer.id(THINK_START)
+    budget = int(sampling.max_tokens * EFFORTS[THINKING])
     starts = [[*render(tokenizer, row.prompt, prompt=True).ids, opened] for row in rows]
-    done = engine.generate([Request(ids, sampling, seed=seed + n) for n, ids in enumerate(starts)])
+    limits = [ThoughtLimit(tokenizer, budget, THINK_START) for _ in rows]
+    asked = zip(starts, limits, strict=True)
+    done = engine.generate([Request(ids, sampling, seed=seed + n, interject=i) for n, (ids, i) in enumerate(asked)])
     texts = [parse_reply(tokenizer, [opened, *completion.ids]).content for completion in done]
     return [(text, len(ids) + len(c.ids)) for text, ids, c in zip(texts, starts, done, strict=True)]

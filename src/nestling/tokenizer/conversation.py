@@ -3,8 +3,9 @@
     <|im_start|>role\\ncontent<|im_end|>\\n
 
 It gives the ids of the stored chat template in transformers. What it does differently, on purpose: text that spells a
-control token stays text here, where the template would let it through. A model that was made elsewhere has a form of its
-own, and its template says it (`foreign.py`); for ours the code here does, which is the same and faster.
+control token stays text here, where the template would let it through; only what an assistant says may begin with a
+thought, "<think>…</think>". A model that was made elsewhere has a form of its own, and its template says it
+(`foreign.py`); for ours the code here does, which is the same and faster.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nestling.core.errors import UserError
 from nestling.core.types import Message, Role, ToolCall
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.calls import parse_call, read_calls
-from nestling.tokenizer.foreign import Tool, after_reply, render_foreign
+from nestling.tokenizer.foreign import Tool, after_reply, render_foreign, tool_name
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END, TURN_START
 from nestling.tokenizer.template import CHAT_TEMPLATE
 
@@ -71,7 +72,7 @@ def render(
 
 def _render_own(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool) -> Rendered:
     out = Rendered()
-    offer = "Tools: " + ", ".join(map(_tool_name, tools)) if tools else ""
+    offer = "Tools: " + ", ".join(map(tool_name, tools)) if tools else ""
     if offer and messages[0].role != "system":
         _turn(tokenizer, out, "system", offer)
     for place, message in enumerate(messages):
@@ -84,10 +85,6 @@ def _render_own(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequen
     if prompt:
         out.add([tokenizer.id(TURN_START), *tokenizer.encode("assistant\n")], False)
     return out
-
-
-def _tool_name(tool: Tool) -> str:
-    return tool if isinstance(tool, str) else tool.get("function", tool)["name"]
 
 
 def _turn(tokenizer: Tokenizer, out: Rendered, role: str, content: str) -> None:
@@ -108,12 +105,21 @@ def reply_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     if not tokenizer.has_own_form:
         whole = render(tokenizer, [Message(role="user", content="."), message])
         return [number for number, mine in zip(whole.ids, whole.mask, strict=True) if mine]
-    ids = tokenizer.encode(message.content.lstrip())
+    ids = _content_ids(tokenizer, message.content.lstrip())
     for call in message.tool_calls:
         name, arguments = (json.dumps(part, ensure_ascii=False) for part in (call.name, call.arguments))
         text = f'{{"name": {name}, "arguments": {arguments}}}'
         ids += [tokenizer.id(CALL_START), *tokenizer.encode(text), tokenizer.id(CALL_END)]
     return [*ids, tokenizer.id(TURN_END)]
+
+
+def _content_ids(tokenizer: Tokenizer, content: str) -> list[int]:
+    """What is said; a thought at its beginning stands between its control tokens."""
+    thought, end, rest = content.partition(THINK_END)
+    if not end or not thought.startswith(THINK_START) or THINK_START not in tokenizer.special:
+        return tokenizer.encode(content)
+    inner = tokenizer.encode(thought.removeprefix(THINK_START))
+    return [tokenizer.id(THINK_START), *inner, tokenizer.id(THINK_END), *tokenizer.encode(rest)]
 
 
 def between(
@@ -177,5 +183,5 @@ def _parse_foreign(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Too
         text = _THOUGHT.sub("", text)
         opened, mark, rest = text.partition(THINK_END)
         text = rest.lstrip() if mark else opened
-    content, calls = read_calls(text, [_tool_name(tool) for tool in tools])
+    content, calls = read_calls(text, [tool_name(tool) for tool in tools])
     return Message(role="assistant", content=content.strip(), tool_calls=calls)  # templates put blanks around

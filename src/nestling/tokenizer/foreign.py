@@ -25,6 +25,11 @@ _UNMARKED = str.maketrans(dict.fromkeys((SPLIT, BEGIN, END)))
 _FIX = "train on conversations with one reply, or give the model a chat template with {% generation %}"
 
 
+def tool_name(tool: Tool) -> str:
+    """The name of a tool on offer."""
+    return tool if isinstance(tool, str) else tool.get("function", tool)["name"]
+
+
 def render_foreign(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool
 ) -> tuple[list[int], list[bool]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from nestling.core.storage import read_json, write_json
 WATCHED = (2, 3, 4)  # steps whose time the choice rests on; the first one also warms caches
 COST = 25.0  # seconds to compile forward and backward of one block; 22 to 28 cold, 10 from the cache, on two Zen 5 cores
 GAIN = 0.18  # share of a step's time that compiling saves; 0.18 to 0.3 measured there for a 3.5 M-parameter decoder
+# Neither was measured on a GPU.
 
 
 class Compiler:
@@ -64,8 +65,7 @@ class Compiler:
 
     def close(self) -> None:
         """Give the blocks their plain call back."""
-        for block in self._blocks:
-            block._compiled_call_impl = None
+        plain(self._blocks)
 
 
 def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
@@ -83,7 +83,12 @@ def repeated_blocks(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
 
 def missing_compiler(blocks: list[nn.Module]) -> str | None:
     """Why compiling can't work on the blocks' device, or None."""
-    if next(blocks[0].parameters()).device.type != "cpu":
+    kind = next(blocks[0].parameters()).device.type
+    if kind == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is missing or doesn't know this GPU"
+    if kind != "cpu":
         return None
     from torch._inductor.cpp_builder import get_cpp_compiler  # seconds to import: only where compiling is wanted
     from torch._inductor.exc import InvalidCxxCompiler
@@ -100,23 +105,32 @@ def compile_blocks(blocks: list[nn.Module], say: Callable[[str], None]) -> None:
 
     Generation calls a block with ever-changing shapes and a cache, which would compile again and again.
     """
-    switch = {"on": True}
+    rehearsed: set[bool] = set()
     for block in blocks:
-        block._compiled_call_impl = _dispatch(block, switch, say)  # type: ignore[assignment]
+        block._compiled_call_impl = _dispatch(block, blocks, rehearsed, say)  # type: ignore[assignment]
 
 
-def _dispatch(block: nn.Module, switch: dict[str, bool], say: Callable[[str], None]) -> Callable[..., Any]:
+def _dispatch(
+    block: nn.Module, blocks: list[nn.Module], rehearsed: set[bool], say: Callable[[str], None]
+) -> Callable[..., Any]:
     compiled = torch.compile(block._call_impl)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not (switch["on"] and torch.is_grad_enabled() and block.training):
+        if not (torch.is_grad_enabled() and block.training):
             return block._call_impl(*args, **kwargs)
-        if "rehearsed" not in switch:
-            switch["rehearsed"] = True
-            switch["on"] = _rehearsed(compiled, block, args, kwargs, say)
-        return (compiled if switch["on"] else block._call_impl)(*args, **kwargs)
+        if not rehearsed:
+            rehearsed.add(_rehearsed(compiled, block, args, kwargs, say))
+            if False in rehearsed:
+                plain(blocks)
+        return (compiled if True in rehearsed else block._call_impl)(*args, **kwargs)
 
     return call
+
+
+def plain(blocks: Sequence[nn.Module]) -> None:
+    """Give the blocks their plain call back, which is also how a model knows that it isn't compiled."""
+    for block in blocks:
+        block._compiled_call_impl = None
 
 
 def _rehearsed(

@@ -31,6 +31,7 @@ from nestling.core.runtime import Runtime, keep_freed_memory, measured_peak, str
 from nestling.training import resume
 from nestling.training.compiling import Compiler
 from nestling.training.contract import MICROBATCH, Objective, Update
+from nestling.training.float8 import round_linears
 from nestling.training.hooks import Hook, Logging, Run, Saving, Validating
 from nestling.training.parameters import group, hidden_names
 from nestling.training.precision import Weights, training_dtype
@@ -98,12 +99,10 @@ class _Tally:
     terms: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | float = 0.0
 
-    def read(self) -> dict[str, float]:
-        """Means over the step's updates: loss, each term per its unit, grad_norm."""
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Means over the step's updates: loss, each term per its unit, grad_norm. Waits for the device, once."""
         values = {"loss": self.loss, **self.terms, "grad_norm": self.norm}
-        numbers = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float32) for value in values.values()]
-        )  # one transfer
+        numbers = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
         return {name: value / max(1, self.updates) for name, value in zip(values, numbers.tolist(), strict=True)}
 
 
@@ -123,6 +122,8 @@ class _Loop:
         self.stack, hidden = ExitStack(), hidden_names(self.modules)
         if settings.recompute == "blocks":
             self.stack.callback(recompute_blocks(self.modules))
+        if settings.precision == "fp8":
+            self.stack.callback(round_linears(self.modules, runtime.device))
         dtype, regular = training_dtype(settings.precision, runtime), objective.fixed_shapes
         self.weights = Weights(self.modules, dtype) if not ranks.is_distributed() else self.shared(dtype, regular)
         groups = group(self.weights.masters, hidden, self.weights.assembly)
@@ -190,7 +191,7 @@ class _Loop:
         tally = _Tally()
         for update in self.updates(step):
             self.learn(update, tally)
-        numbers, seconds = self.agreed(tally.read(), begun)
+        numbers, seconds = self.agreed(tally.read(self.runtime.device), begun)
         self.check(step, numbers)
         self.compiler.after(step, self.settings.steps, seconds)
         self.finish(step, tally.tokens, seconds, numbers)
@@ -295,7 +296,8 @@ class _Loop:
         """
         reached = tokens_per_second * self.flops_per_token() / ranks.world_size()
         if not self._peak or reached > self._peak:
-            again = measured_peak(Runtime(self.runtime.device, self.weights.dtype, self.runtime.threads))
+            dtype = torch.float8_e4m3fn if self.settings.precision == "fp8" else self.weights.dtype
+            again = measured_peak(Runtime(self.runtime.device, dtype, self.runtime.threads))
             self._peak = max(self._peak, again, reached)
         return reached / self._peak
 

@@ -52,8 +52,10 @@ class TrainSettings(Config):
     decay: float = Field(default=0.4, ge=0, le=1, description="Share of the steps, at the end, in which wsd falls.")
     floor: float = Field(default=0.0, ge=0, le=1, description="Share of the peak rate that is left at the last step.")
     clip: float = Field(default=1.0, ge=0, description="Largest global norm of the gradient; 0 doesn't clip.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Matmul precision; auto takes the runtime's: bf16 where the hardware is fast at it."
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = Field(
+        default="auto",
+        description="Matmul precision; auto takes the runtime's: bf16 where the hardware is fast at it. fp8 is for compiled "
+        "runs of large models on GPUs that have units for it.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="Compile the repeated block; auto does where the run is long enough to gain by it."

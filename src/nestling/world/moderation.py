@@ -21,6 +21,7 @@ from nestling.world.streams import Stream
 ORDINARY = 0.2  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
 SURROUNDED = 0.3  # share of texts that stand among ordinary sentences
+HURRIED, PLAIN = 0.3, 0.15  # shares with short forms ("I'll"), and without capitals and a full stop
 _SLOT = re.compile(r"\{(\w+)[^}]*\}")
 
 
@@ -36,7 +37,7 @@ def labelled(facts: Facts, seed: int, count: int, split: str) -> Iterator[Labell
         stream = Stream(seed, "moderation", split, place)
         if stream.chance(ORDINARY):
             text = _ordinary(facts, stream, split)
-            yield Labelled(text=text, labels=(), meta={"kind": "ordinary", "group": text})
+            yield Labelled(text=_typed(facts, stream, text), labels=(), meta={"kind": "ordinary", "group": text})
         else:
             yield _flagged_or_alike(facts, stream, split)
 
@@ -53,7 +54,8 @@ def _flagged_or_alike(facts: Facts, stream: Stream, split: str) -> Labelled:
     phrase, slots = _phrase(facts, stream, kind, split)
     text = fill(wording(stream, data["forms"][form], split), slots)
     group = phrase if form != "refuse" else f"refuse {phrase}"
-    return Labelled(text=_surrounded(facts, stream, split, text), labels=labels, meta={"kind": kind, "group": group})
+    text = _typed(facts, stream, _surrounded(facts, stream, split, text))
+    return Labelled(text=text, labels=labels, meta={"kind": kind, "group": group})
 
 
 def _phrase(facts: Facts, stream: Stream, kind: str, split: str) -> tuple[str, Slots]:
@@ -103,6 +105,14 @@ def _surrounded(facts: Facts, stream: Stream, split: str, text: str) -> str:
         return text
     other = turns.fact(facts, stream, split).answer
     return f"{other} {text}" if stream.chance(0.5) else f"{text} {other}"
+
+
+def _typed(facts: Facts, stream: Stream, text: str) -> str:
+    """The text as somebody types it who does not care: "I'll come" for "I will come.", now and then."""
+    if stream.chance(HURRIED):
+        short = facts.lang.data["moderation"]["short_forms"]
+        text = re.sub(r"\b(?:" + "|".join(short) + r")\b", lambda found: short[found[0]], text)
+    return text.lower().removesuffix(".") if stream.chance(PLAIN) else text
 
 
 def _ordinary(facts: Facts, stream: Stream, split: str) -> str:

@@ -158,6 +158,15 @@ def test_votes_replace_each_other(store, talk):
         store.feedback.vote(question.id, VoteRecord(value=1))
 
 
+def test_votes_at_once_are_one_vote(store, talk):
+    """The same person in two tabs."""
+    _, _, [answer] = talk("Hi", "Hello!")
+    votes = [VoteRecord(value=value) for value in (1, -1) * 8]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda vote: store.feedback.vote(answer.id, vote), votes))
+    assert store.conversations.message(answer.id).vote in votes
+
+
 def test_rankings_keep_order_and_ties(store, talk):
     id, question, answers = talk("Hi", "a", "b", "c")
     a, b, c = [m.id for m in answers]

@@ -71,6 +71,19 @@ def test_comparisons_and_rankings_become_rankings(store, talk, reply, exported):
     assert [(m.role, m.content) for m in rankings[2].prompt] == [("system", "Add."), ("user", "1 + 1?")]
 
 
+def test_a_ranking_has_the_prompt_that_was_read(store, talk, reply, exported):
+    """Without the messages that had no room; replies that read different parts of a conversation are not compared."""
+    id, _, [first] = talk("Hi", "Hello!")
+    question = store.conversations.ask(id, "And?", first.id).id
+    variants = [store.conversations.answer(id, question, reply(text, forgotten=2)).id for text in ("one", "two")]
+    whole = store.conversations.answer(id, question, reply("three")).id
+    store.feedback.rank(id, [[one] for one in variants])
+    store.feedback.rank(id, [[variants[0]], [whole]])
+    [ranking], _, _, counts = exported()
+    assert [message.content for message in ranking.prompt] == ["And?"]
+    assert counts.left_out == {"different prompts": 1}
+
+
 def test_the_longest_liked_path_is_an_example(store, talk, reply, exported):
     id, _, [first] = talk("Hi", reply("Hello!", system="Be kind."))
     question = store.conversations.ask(id, "What is 2 + 2?", first.id)
@@ -126,7 +139,7 @@ def test_what_nobody_should_learn_is_left_out_and_counted(store, talk, reply, ex
     assert rankings == conversations == []
     assert counts.left_out == {
         "voted down on the way": 1, "cut off": 1, "flagged": 1, "reply that called tools": 1,
-        "different system messages or tools": 1, "in an undecided comparison": 1,
+        "different prompts": 1, "in an undecided comparison": 1,
     }  # fmt: skip
     assert [(row.text, row.labels, row.judged) for row in labels] == [("How to …?", ("violence",), ("violence",))]
     assert len(exported(with_flagged=True)[1]) == 1

@@ -39,7 +39,7 @@ def test_the_migrations_make_the_tables_of_the_schema(store):
             assert kept == {((key.parent.name,), key.ondelete) for key in table.foreign_keys}, name
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
 def test_an_old_store_is_brought_up_to_date_with_what_it_holds(address, revision, reply):
     old = unopened(address)
     old.upgrade(revision)

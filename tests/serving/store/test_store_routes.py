@@ -134,6 +134,9 @@ def test_old_turns_are_forgotten_when_the_context_is_full(client):
         told = events(client.post(f"/api/conversations/{id}/reply", json={}))
         client.post(f"/api/conversations/{id}/messages", json={"content": "the cat sat on the mat and the dog"})
     assert told[0]["forgotten"] > 0
+    assert told[-1]["message"]["reply"]["forgotten"] == told[0]["forgotten"]
+    stored = client.get(f"/api/conversations/{id}").json()["messages"]
+    assert [one["reply"]["forgotten"] for one in stored if one["reply"]][-1] == told[0]["forgotten"]
     client.post(f"/api/conversations/{id}/messages", json={"content": "12 " * 200})
     response = client.post(f"/api/conversations/{id}/reply", json={})
     assert response.status_code == 400

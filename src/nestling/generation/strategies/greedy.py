@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nestling.generation import filters
 from nestling.generation.strategy import Decoding, View
 
 
@@ -13,5 +14,5 @@ class Strategy(Decoding):
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """As in `Decoding.advance`; R = 1."""
-        tokens = view.penalised.argmax(2)
+        tokens = filters.likeliest(view.penalised)
         return torch.zeros_like(tokens), tokens

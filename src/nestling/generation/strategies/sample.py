@@ -18,9 +18,10 @@ class Strategy(Decoding):
         """As in `Decoding.advance`; R = 1."""
         greedy = [running.sampling.greedy for running in view.requests]
         if all(greedy):
-            tokens = view.penalised.argmax(2)
+            tokens = filters.likeliest(view.penalised)
         else:
             tokens = filters.draw(view.shaped[:, 0], view.uniforms()).unsqueeze(1)
             if any(greedy):
-                tokens = torch.where(view.column("temperature")[:, None] == 0, view.penalised.argmax(2), tokens)
+                certain = filters.likeliest(view.penalised)
+                tokens = torch.where(view.column("temperature")[:, None] == 0, certain, tokens)
         return torch.zeros_like(tokens), tokens

@@ -5,7 +5,7 @@ import { askForKey } from "./key.js";
 
 const KEY = "nestling.key";
 const KNOWN = new Set(["rate_limit_exceeded", "context_length_exceeded", "content_policy_violation", "no_store",
-  "store_unavailable", "overloaded", "model_stopped", "forbidden_host", "no_model"]);
+  "store_unavailable", "overloaded", "model_stopped", "forbidden_host", "no_model", "runs_forbidden"]);
 
 /** An answer that is an error; status 0 where there was no answer at all. */
 export class Failure extends Error {
@@ -19,12 +19,11 @@ export class Failure extends Error {
 /**
  * Ask the service for JSON.
  *
- * options: method, body (an object), signal, keepalive, raw (true: the Response itself).
+ * options: method, body (an object), signal.
  * Throws Failure, or the AbortError of the signal. A missing or unknown key is asked for, then the request is repeated.
  */
 export async function api(path, options = {}) {
   const response = await request(path, options);
-  if (options.raw) return response;
   return response.status === 204 ? null : response.json();
 }
 
@@ -68,11 +67,11 @@ async function request(path, options) {
   }
 }
 
-function fetchOptions({ method = "GET", body, signal, keepalive }, key) {
+function fetchOptions({ method = "GET", body, signal }, key) {
   const headers = {};
   if (key) headers.authorization = `Bearer ${key}`;
   if (body !== undefined) headers["content-type"] = "application/json";
-  return { method, headers, signal, keepalive, body: body === undefined ? undefined : JSON.stringify(body) };
+  return { method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body) };
 }
 
 function unreachable(error) {

@@ -5,7 +5,6 @@
 //   reply {id, …}          a reply has ended (see replies.js)
 //   busy                   a reply has begun or ended
 //   models                 the models are known
-//   leaving                the page will be loaded again
 
 const news = new EventTarget();
 

@@ -165,7 +165,7 @@ class Chat {
     if (failure) this.failed = { parent, live, failure };
     if (message) {
       keepHtml(message, html);
-      this.add({ ...message, forgotten: live.forgotten });
+      this.add(message);
     }
     this.announcer.textContent = message?.content ?? failure?.message ?? "";
     this.draw();

@@ -1,7 +1,5 @@
 // The page's words: one file of texts per language, chosen by the browser unless the person chose.
 
-import { emit } from "./bus.js";
-
 const LANGUAGES = { en: "English", zh: "中文" };
 const KEPT = "nestling.language";
 let texts = {};
@@ -30,7 +28,6 @@ export function otherLanguage() {
 /** Show the page in the other language; it is loaded again, since every text of it changes. */
 export function switchLanguage() {
   localStorage.setItem(KEPT, other());
-  emit("leaving");
   location.reload();
 }
 

@@ -41,7 +41,6 @@ export class Live {
   }
 
   start({ forgotten }) {
-    this.forgotten = forgotten;
     if (forgotten) this.body.prepend(notice(t("forgotten", { n: forgotten })));
   }
 

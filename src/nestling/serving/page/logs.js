@@ -73,5 +73,5 @@ function title(name) {
 
 function label(key, base, name) {
   const kind = t(HELD_OUT.test(key) ? "runs_held_out" : "runs_training");
-  return base === name ? kind : `${t(`runs_line_${base}`)}, ${kind}`;
+  return base === name ? kind : `${t(`runs_line_${base}`)} · ${kind}`;
 }

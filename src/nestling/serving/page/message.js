@@ -55,7 +55,7 @@ function edit(element, message, send) {
 function answer(message, variants, acts) {
   const text = textPart(htmlOf(message), message.content);
   const body = h("div", { class: "body" });
-  if (message.forgotten) body.append(notice(t("forgotten", { n: message.forgotten })));
+  if (message.reply?.forgotten) body.append(notice(t("forgotten", { n: message.reply.forgotten })));
   if (message.thinking) body.append(thoughtPart(message.thinking).element);
   body.append(...stepParts(message.steps));
   body.append(text);

@@ -38,7 +38,7 @@ export async function showRun(element, name) {
       learning.update(run.stages, log.stages);
     } catch (failure) {
       if (!head.children.length) head.replaceChildren(back(), h("h1", { text: name }));
-      note.replaceChildren(problem(failure));
+      note.replaceChildren(problem(failure.status === 404 ? { message: t("runs_missing") } : failure));
     }
   });
   return () => { end(); learning.end(); };
@@ -167,10 +167,11 @@ function asText(prompt) {
 
 function settingsPart() {
   const list = h("div", { class: "folds" });
-  const element = h("section", { class: "run-part" }, h("h2", { text: t("runs_settings") }), list);
+  const element = h("section", { class: "run-part", hidden: true }, h("h2", { text: t("runs_settings") }), list);
   return {
     element,
     update(stages) {
+      element.hidden = !stages.length;
       const open = new Set([...list.querySelectorAll("details[open]")].map((one) => one.dataset.name));
       list.replaceChildren(...stages.map((stage) => {
         const fold = settingsOf(stage);

@@ -51,15 +51,15 @@ function tokenView(tokens) {
 }
 
 function tokenButton(token) {
-  return h("button", {
-    class: `token ${shade(token.logprob)}`, type: "button", text: visible(token.text),
+  return h("span", { // a button's text would not wrap like words
+    class: `token ${shade(token.logprob)}`, role: "button", text: visible(token.text),
     "aria-label": `${token.text}, ${percent(token.logprob)}`, "aria-pressed": "false", testid: "token",
   });
 }
 
 function move(event, buttons, choose) {
-  const by = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity }[event.key];
-  if (!by) return;
+  const by = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity, Enter: 0, " ": 0 }[event.key];
+  if (by === undefined) return;
   event.preventDefault();
   const place = Math.min(Math.max(buttons.indexOf(document.activeElement) + by, 0), buttons.length - 1);
   buttons[place].focus();

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import Depends, Request
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
 from nestling.serving.errors import ApiError
 from nestling.serving.store.records import Conflict, Missing
 from nestling.serving.store.store import Store
 
-STORE_ERRORS = (Missing, Conflict, OperationalError, InterfaceError, NoConnection)
-"""What goes wrong in a store that works as it should: what is asked for is not there, or the database is not."""
+STORE_ERRORS = (Missing, Conflict, IntegrityError, OperationalError, InterfaceError, NoConnection)
+"""What goes wrong in a store that works as it should: what is asked for is not there, or just goes, or the database is not."""
 
 
 def own_store(request: Request) -> Store:
@@ -45,6 +45,8 @@ def answer_for(error: Exception) -> ApiError:
             return ApiError(str(error), status=404, code="not_found")
         case Conflict():
             return ApiError(str(error), status=409, code="conflict")
+        case IntegrityError():
+            return ApiError("somebody else has just changed this; try again", status=409, code="conflict")
     return ApiError("the store can't be reached; try again", status=503, code="store_unavailable")
 
 

@@ -281,6 +281,7 @@ class Telling:
             seconds=time.perf_counter() - self._started,
             first_token_seconds=self._first,
             tokens=self._tokens,
+            forgotten=self._forgotten,
         )
 
     def _count(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -26,7 +25,7 @@ from nestling.serving.protocol.chat import usage
 from nestling.serving.protocol.completions import DEFAULT_TOKENS, CompletionRequest, TextWriter
 from nestling.serving.protocol.logprobs import TextLogprobs
 from nestling.serving.reading import prompt_logprobs
-from nestling.serving.sending import STREAMS, EventStream, answer_to, merge
+from nestling.serving.sending import STREAMS, EventStream, all_or_first_error, answer_to, merge
 from nestling.serving.settings import ServeSettings
 
 router = APIRouter(tags=["completions"])
@@ -121,7 +120,7 @@ async def _begin(served: Served, body: CompletionRequest, prompts: list[list[int
             echoed = await _echo(served, ids, body) if body.echo else []
             texts += [_text(served, body, ids, echoed, place * count + n, seed) for n in range(count)]
         if limit:
-            await asyncio.gather(*[_submit(served, text, sampling, whole=not body.stream) for text in texts])
+            await all_or_first_error(_submit(served, text, sampling, whole=not body.stream) for text in texts)
         begun = True
     finally:
         if not begun:

@@ -4,15 +4,16 @@
     message       {id, conversation, parent, role: "user" | "assistant", content, thinking, steps, created,
                    reply, vote, flagged, blind}
     reply         {model, checkpoint, sampling, seed, prompt_tokens, completion_tokens, finish, seconds,
-                   first_token_seconds, system, tools}
+                   first_token_seconds, system, tools, forgotten}
 
 Messages form a tree: `parent` is the message before, null at the start, and messages with one parent are variants of each
 other (an edited question, a regenerated answer). `tip` is the leaf that the person looks at. `steps` are the OpenAI messages
-before the final text: calls of tools and their results. `flagged`: a user
-reported it, or the moderation model objects to it. `blind` is true while the reply takes part in an undecided
-comparison; `reply` is then null. `vote` is {value, reason, comment} or null. Times are Unix seconds. Each row belongs to the
-API key that wrote it (all rows to the same person where the server has no keys). Errors have OpenAI's shape: 404 for an
-unknown id, 400 for a wrong body, 409 for a vote on a comparison that is decided, 503 where the server has no store.
+before the final text: calls of tools and their results. `forgotten` messages at the start had no room in the model's context
+and were not read. `flagged`: a user reported it, or the moderation model objects to it. `blind` is true while the reply takes
+part in an undecided comparison; `reply` is then null. `vote` is {value, reason, comment} or null. Times are Unix seconds.
+Each row belongs to the API key that wrote it (all rows to the same person where the server has no keys). Errors have
+OpenAI's shape: 404 for an unknown id, 400 for a wrong body, 409 for a vote on a comparison that is decided, 503 where the
+server has no store.
 
     GET    /api/conversations?search=&limit=50&after=    {data: [conversation + snippet], next: cursor or null}, newest first
     POST   /api/conversations                            {title?, system?, tools?, model?, sampling?} → 201 conversation

@@ -22,7 +22,9 @@ REPORT_HEADERS = {
 
 
 def _opened(request: Request) -> Iterator[Runs]:
-    """The service's runs; what is not there becomes 404."""
+    """The service's runs, for keys that are for them; what is not there becomes 404."""
+    if not request.state.key.runs:
+        raise ApiError("this key is not for training runs", status=403, code="runs_forbidden")
     try:
         yield request.app.state.runs
     except Missing as error:
@@ -54,5 +56,5 @@ def get_metrics(
 
 @router.get("/runs/{name}/report.html", include_in_schema=False)
 def get_report(runs: OpenRuns, name: str, ticket: str = "") -> FileResponse:
-    """The report as `nestling run` wrote it, in a sandbox: it runs nothing and loads nothing."""
+    """The report as `nestling run` wrote it, in a sandbox: it runs nothing and loads nothing. The ticket is its key."""
     return FileResponse(runs.report(name, ticket), media_type="text/html", headers=REPORT_HEADERS)

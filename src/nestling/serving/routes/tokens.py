@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from nestling.serving.errors import ApiError
 from nestling.serving.models import Models, Served
 from nestling.serving.protocol.completions import check_ids
 from nestling.serving.protocol.messages import to_messages
@@ -13,10 +14,12 @@ from nestling.serving.protocol.tokens import DetokenizeRequest, TokenizeRequest,
 from nestling.tokenizer.conversation import render
 
 router = APIRouter(tags=["tokens"])
+MOST_TOKENS = 100_000
+"""Of a text that is cut; the answer is a hundred times as large."""
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
+def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
     """Ids, their count, and each token's text and bytes."""
     served = _served(request, body.model)
     if body.messages is None:
@@ -25,11 +28,13 @@ async def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
         request.app.state.models.chat(served.name)
         messages = to_messages(body.messages)
         ids = render(served.tokenizer, messages, prompt=body.add_generation_prompt).ids
+    if len(ids) > MOST_TOKENS:
+        raise ApiError(f"at most {MOST_TOKENS} tokens at once; these are {len(ids)}", code="string_above_max_length")
     return token_list(served.tokenizer, ids, served.context)
 
 
 @router.post("/detokenize")
-async def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any]:
+def detokenize(request: Request, body: DetokenizeRequest) -> dict[str, Any]:
     """The text of ids, control tokens spelled."""
     served = _served(request, body.model)
     ids = check_ids(served.tokenizer, body.tokens, "tokens") if body.tokens else []

@@ -189,8 +189,8 @@ def _not_comparable(replies: Sequence[MessageRecord]) -> str | None:
     """Why replies cannot stand in one ranking, whose responses are texts that answer one and the same prompt."""
     if any(reply.steps for reply in replies):
         return "reply that called tools"
-    asked = [(reply.reply.system, reply.reply.tools) for reply in replies if reply.reply]
-    return "different system messages or tools" if any(one != asked[0] for one in asked) else None
+    asked = [(one.system, one.tools, one.forgotten) for one in (reply.reply for reply in replies) if one]
+    return "different prompts" if any(one != asked[0] for one in asked) else None
 
 
 def _no_example(path: Sequence[MessageRecord]) -> str | None:
@@ -219,7 +219,8 @@ def _ranking(talk: Talk, judged: Judged) -> Ranking:
     responses = [
         Response(content=reply.content, score=score) for reply, score in zip(judged.replies, judged.scores, strict=True)
     ]
-    return Ranking(prompt=_prompt(talk.path(first.id)[:-1], first.reply.system), responses=tuple(responses), meta=meta)
+    read = talk.path(first.id)[first.reply.forgotten : -1]
+    return Ranking(prompt=_prompt(read, first.reply.system), responses=tuple(responses), meta=meta)
 
 
 def _conversation(talk: Talk, path: Sequence[MessageRecord]) -> Conversation:

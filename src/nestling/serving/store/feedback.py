@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 from nestling.core.errors import UserError
 from nestling.serving.store.conversations import Conversations
 from nestling.serving.store.database import Database
-from nestling.serving.store.messages import new_id
+from nestling.serving.store.messages import INSERTS, new_id
 from nestling.serving.store.records import FlagRecord, Missing, RankingRecord, Record, VoteRecord
 from nestling.serving.store.schema import (
     COMPARISONS,
@@ -58,8 +58,9 @@ class Feedback:
         """
         with self._database.write() as connection:
             self._reply(connection, message)
-            connection.execute(delete(VOTES).where(VOTES.c.message_id == message))
-            connection.execute(insert(VOTES).values(message_id=message, created=time.time(), **vote.model_dump()))
+            said = {**vote.model_dump(), "created": time.time()}
+            row = INSERTS[connection.dialect.name](VOTES).values(message_id=message, **said)
+            connection.execute(row.on_conflict_do_update(index_elements=[VOTES.c.message_id], set_=said))
         return vote
 
     def unvote(self, message: str) -> None:

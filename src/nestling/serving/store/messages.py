@@ -22,7 +22,8 @@ from nestling.serving.store.schema import (
     VOTES,
 )
 
-_INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+INSERTS: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""`insert` with what to do where the row is there already, by dialect."""
 
 
 def new_id() -> str:
@@ -93,7 +94,7 @@ def add_message(connection: Connection, conversation: str, parent: str | None, v
 def add_reply(connection: Connection, conversation: str, parent: str, written: Written) -> str:
     """Insert a reply with how it came about; returns the message's id."""
     version = {**written.version.model_dump(), "id": written.version.id, "created": time.time()}
-    connection.execute(_INSERTS[connection.dialect.name](MODEL_VERSIONS).values(version).on_conflict_do_nothing())
+    connection.execute(INSERTS[connection.dialect.name](MODEL_VERSIONS).values(version).on_conflict_do_nothing())
     values = written.model_dump(exclude={"version"})
     shown = {name: values.pop(name) for name in ("content", "thinking", "steps")}
     message = add_message(connection, conversation, parent, {"role": "assistant", **shown})

@@ -114,6 +114,8 @@ class Written(Record):
     seconds: float = 0.0
     first_token_seconds: float | None = None
     tokens: list[TokenRecord] = []
+    forgotten: int = 0
+    """Messages at the start that had no room in the context and were not read."""
 
 
 class ReplyRecord(Record):
@@ -130,6 +132,7 @@ class ReplyRecord(Record):
     finish: str
     seconds: float
     first_token_seconds: float | None
+    forgotten: int
 
 
 class VoteRecord(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -60,11 +61,15 @@ class Json(TypeDecorator[Any]):
 
 
 METADATA = MetaData()
+ID = partial(Column, "id", String(32), primary_key=True)
+TIME = partial(Column, type_=Double, nullable=False)
+GOES_WITH = partial(ForeignKey, ondelete="CASCADE")
+"""A reference to a row with which this one goes."""
 
 CONVERSATIONS = Table(
     "conversations",
     METADATA,
-    Column("id", String(32), primary_key=True),
+    ID(),
     Column("owner", String(200), nullable=False),
     Column("title", Words, nullable=False),
     Column("system", Words, nullable=False),
@@ -72,8 +77,8 @@ CONVERSATIONS = Table(
     Column("model", String(200), nullable=False),
     Column("sampling", Json, nullable=False),
     Column("tip", String(32)),
-    Column("created", Double, nullable=False),
-    Column("updated", Double, nullable=False),
+    TIME("created"),
+    TIME("updated"),
     Index("conversations_by_owner", "owner", "updated"),
 )
 """`owner` is the name of the API key that wrote it, empty where the server has none; `tip` the message last looked at."""
@@ -81,14 +86,14 @@ CONVERSATIONS = Table(
 MESSAGES = Table(
     "messages",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("conversation_id", String(32), ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False),
+    ID(),
+    Column("conversation_id", String(32), GOES_WITH("conversations.id"), nullable=False),
     Column("parent_id", String(32), ForeignKey("messages.id")),
     Column("role", String(16), nullable=False),
     Column("content", Words, nullable=False),
     Column("thinking", Words, nullable=False),
     Column("steps", Json, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Index("messages_by_conversation", "conversation_id", "created"),
     Index("messages_by_parent", "parent_id"),
 )
@@ -97,18 +102,18 @@ MESSAGES = Table(
 MODEL_VERSIONS = Table(
     "model_versions",
     METADATA,
-    Column("id", String(32), primary_key=True),
+    ID(),
     Column("name", String(200), nullable=False),
     Column("checkpoint", String(200), nullable=False),
     Column("provenance", Json, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
 )
 """What answered: the served name, the checkpoint's identity, what nestling.json tells. The id is a hash of the three."""
 
 REPLIES = Table(
     "replies",
     METADATA,
-    Column("message_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), primary_key=True),
+    Column("message_id", String(32), GOES_WITH("messages.id"), primary_key=True),
     Column("version_id", String(32), ForeignKey("model_versions.id"), nullable=False),
     Column("system", Words, nullable=False),
     Column("tools", Json, nullable=False),
@@ -120,29 +125,32 @@ REPLIES = Table(
     Column("seconds", Double, nullable=False),
     Column("first_token_seconds", Double),
     Column("tokens", Json),
+    Column("forgotten", Integer, nullable=False, server_default="0"),
     Index("replies_by_version", "version_id"),
 )
-"""How a message of the assistant came about: `system` and `tools` as they were then, `tokens` for the token view."""
+"""How a message of the assistant came about: `system` and `tools` as they were then, `tokens` for the token view.
+
+`forgotten` messages at the start had no room in the context and were not read."""
 
 VOTES = Table(
     "votes",
     METADATA,
-    Column("message_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), primary_key=True),
+    Column("message_id", String(32), GOES_WITH("messages.id"), primary_key=True),
     Column("value", Integer, nullable=False),
     Column("reason", String(200), nullable=False),
     Column("comment", Words, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
 )
 """Thumbs: `value` is 1 or -1."""
 
 FLAGS = Table(
     "flags",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("message_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    ID(),
+    Column("message_id", String(32), GOES_WITH("messages.id"), nullable=False),
     Column("category", String(200), nullable=False),
     Column("comment", Words, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Column("upheld", Boolean),
     Column("reviewed", Double),
     Index("flags_by_message", "message_id"),
@@ -152,16 +160,16 @@ FLAGS = Table(
 COMPARISONS = Table(
     "comparisons",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("conversation_id", String(32), ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False),
-    Column("parent_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    ID(),
+    Column("conversation_id", String(32), GOES_WITH("conversations.id"), nullable=False),
+    Column("parent_id", String(32), GOES_WITH("messages.id"), nullable=False),
     Column("candidate_a", Json, nullable=False),
     Column("candidate_b", Json, nullable=False),
-    Column("a_id", String(32), ForeignKey("messages.id", ondelete="CASCADE")),
-    Column("b_id", String(32), ForeignKey("messages.id", ondelete="CASCADE")),
+    Column("a_id", String(32), GOES_WITH("messages.id")),
+    Column("b_id", String(32), GOES_WITH("messages.id")),
     Column("choice", String(16)),
     Column("comment", Words, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Column("decided", Double),
     Index("comparisons_by_conversation", "conversation_id"),
     Index("comparisons_by_parent", "parent_id"),
@@ -173,11 +181,11 @@ COMPARISONS = Table(
 RANKINGS = Table(
     "rankings",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("conversation_id", String(32), ForeignKey("conversations.id", ondelete="CASCADE"), nullable=False),
-    Column("parent_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    ID(),
+    Column("conversation_id", String(32), GOES_WITH("conversations.id"), nullable=False),
+    Column("parent_id", String(32), GOES_WITH("messages.id"), nullable=False),
     Column("comment", Words, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Index("rankings_by_conversation", "conversation_id"),
     Index("rankings_by_parent", "parent_id"),
 )
@@ -185,8 +193,8 @@ RANKINGS = Table(
 RANKED = Table(
     "ranked",
     METADATA,
-    Column("ranking_id", String(32), ForeignKey("rankings.id", ondelete="CASCADE"), primary_key=True),
-    Column("message_id", String(32), ForeignKey("messages.id", ondelete="CASCADE"), primary_key=True),
+    Column("ranking_id", String(32), GOES_WITH("rankings.id"), primary_key=True),
+    Column("message_id", String(32), GOES_WITH("messages.id"), primary_key=True),
     Column("rank", Integer, nullable=False),
     Index("ranked_by_message", "message_id"),
 )
@@ -195,15 +203,15 @@ RANKED = Table(
 VERDICTS = Table(
     "verdicts",
     METADATA,
-    Column("id", String(32), primary_key=True),
-    Column("message_id", String(32), ForeignKey("messages.id", ondelete="CASCADE")),
+    ID(),
+    Column("message_id", String(32), GOES_WITH("messages.id")),
     Column("direction", String(16), nullable=False),
     Column("moderator", String(200), nullable=False),
     Column("flagged", Boolean, nullable=False),
     Column("categories", Json, nullable=False),
     Column("scores", Json, nullable=False),
     Column("text", Words),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Column("upheld", Boolean),
     Column("reviewed", Double),
     Index("verdicts_by_message", "message_id"),
@@ -220,7 +228,7 @@ RESPONSES = Table(
     Column("owner", String(200), nullable=False),
     Column("body", Json, nullable=False),
     Column("messages", Json, nullable=False),
-    Column("created", Double, nullable=False),
+    TIME("created"),
     Index("responses_by_owner", "owner", "created"),
 )
 """What /v1/responses sent, and the conversation up to it, for clients that go on by id."""
