@@ -153,6 +153,15 @@ def test_each_token_shows_its_alternatives(desk):
     others = desk.get("token-alternatives")
     expect(others).to_contain_text("%")
     assert len(others.inner_text().split("%")) > 3
+    for key, place in (("ArrowRight", 2), ("Home", 0)):
+        desk.page.keyboard.press(key)
+        expect(tokens.nth(place)).to_be_focused()
+        expect(tokens.nth(place)).to_have_attribute("aria-pressed", "true")
+    for key in ("Enter", "Space"):
+        tokens.nth(1).evaluate("one => one.focus()")
+        desk.page.keyboard.press(key)
+        expect(tokens.nth(1)).to_have_attribute("aria-pressed", "true")
+        tokens.nth(0).click()
     reply.get_by_test_id("tokens-toggle").click()
     desk.answer(HELLO)
 

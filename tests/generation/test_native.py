@@ -146,3 +146,13 @@ def test_few_numbers_of_rows_reach_the_matrix_library() -> None:
     assert len({round_rows(rows) for rows in range(1, 4097)}) == 80
     weight, bias, x = torch.randn(24, 16), torch.randn(24), torch.randn(3, 77, 16)
     torch.testing.assert_close(BlockedLinear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
+
+
+@torch.inference_mode()
+def test_angles_of_a_prompt_follow_from_its_whole_length() -> None:
+    """Dynamic scaling turns all tokens of a prompt by frequencies that follow from the whole of it."""
+    scaling = {"kind": "dynamic", "factor": 4.0, "original_context": 16}
+    model = random_model(ODD_VOCABULARY, head_size=16, rope_scaling=scaling)
+    cache, ids = KVCache(model.config, rows=2, capacity=60, dtype=torch.float32), tokens(1, 48)
+    found = pack(model).hidden(ids, cache=cache, rows=torch.tensor([1]), counts=torch.tensor([48]))
+    torch.testing.assert_close(found, model.hidden(ids), atol=1e-4, rtol=1e-4)

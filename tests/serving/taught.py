@@ -61,7 +61,9 @@ def running(app: FastAPI, driver: Driver) -> Iterator[Service]:
         while not server.started and thread.is_alive():
             time.sleep(0.01)
         port = listener.getsockname()[1]
-        yield Service(f"http://127.0.0.1:{port}", app, driver, server)
-        server.should_exit = True
-        thread.join(timeout=10)
+        try:
+            yield Service(f"http://127.0.0.1:{port}", app, driver, server)
+        finally:
+            server.should_exit = True
+            thread.join(timeout=10)
         assert not thread.is_alive()

@@ -17,9 +17,9 @@ def routed(serve, effort: str, model: str = "tiny"):
     return serve(router=router, tools={"calculator": {}}).client()
 
 
-def ask(client, content: str):
+def ask(client, content: str, **more):
     messages = [{"role": "user", "content": content}]
-    return client.chat.completions.create(model="auto", messages=messages, temperature=0)
+    return client.chat.completions.create(model="auto", messages=messages, temperature=0, **more)
 
 
 def test_direct_is_without_tools_and_thought(serve):
@@ -76,8 +76,14 @@ def test_without_tools_nobody_is_chosen_for_them(serve):
     """Where the service runs none, the best of the others answers; a router that knows no other still does."""
     chosen = trained().choose([Message(role="user", content="What is 2 + 3?")], tools=False)
     assert chosen.effort != "tools"
-    client = serve(router=trained(), names=("tiny", "large")).client()
-    assert ask(client, "What is 2 + 3?").choices[0].message.content == "Five, I think."
+    weights = np.zeros((9, 2), dtype=np.float32)
+    weights[-1, 1] = 5  # the one with tools is by far the likelier
+    two = {"plain": Candidate(model="tiny"), "tools": Candidate(model="large", effort="tools")}
+    router = Router(two, weights, [1.0, 1.0], 0.0)
+    for tools, wish, model in (({}, None, "tiny"), ({"calculator": {}}, None, "large"), ({"calculator": {}}, "none", "tiny")):
+        client = serve(router=router, names=("tiny", "large"), tools=tools).client()
+        more = {} if wish is None else {"tool_choice": wish}
+        assert ask(client, "What is 2 + 3?", **more).model == model
     only = Router({"a": Candidate(model="tiny", effort="tools")}, np.zeros((9, 1), dtype=np.float32), [1.0], 0.0)
     assert only.choose([Message(role="user", content="Hi")], tools=False).name == "a"
 

@@ -11,10 +11,11 @@ import torch
 from families import FORMS, make
 from taught import Service, running, say, teach
 
-from nestling.core.types import ToolCall
+from nestling.core.types import Message, ToolCall
 from nestling.generation.engine import Engine
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
+from nestling.serving.answering import forbidden
 from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
 from nestling.serving.models import Models, Served
@@ -102,3 +103,15 @@ def test_what_the_form_cannot_say_is_refused(client: openai.OpenAI, name: str) -
     tools = [{"type": "function", "function": FUNCTION}]
     with pytest.raises(openai.BadRequestError, match=r"no token <tool_call>|knows no tools"):
         ask(client, name, SUM, tools=tools, tool_choice="required")
+
+
+def test_a_thought_that_the_template_opened_may_end(tmp_path):
+    end = "{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    template = FORMS["qwen"]["template"].replace(end, end.replace("assistant\\n", "assistant\\n<think>\\n"))
+    assert template != FORMS["qwen"]["template"]
+    tokenizer = Tokenizer.load(make(tmp_path, {**FORMS["qwen"], "template": template}))
+    opened = render(tokenizer, [Message(role="user", content=SUM)], prompt=True).ids
+    closed = [*opened, tokenizer.id("</think>")]
+    banned = [forbidden(tokenizer, ids, calls=False, thoughts=False) for ids in (opened, closed)]
+    assert [tokenizer.id("</think>") in ids for ids in banned] == [False, True]
+    assert all(tokenizer.id("<think>") in ids for ids in banned)

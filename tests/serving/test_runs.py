@@ -16,6 +16,7 @@ import pytest
 from nestling.core.errors import UserError
 from nestling.core.pipeline import DIARY
 from nestling.core.storage import FolderLock, is_locked, write_json
+from nestling.serving import runs as runs_module
 from nestling.serving.runs import MARK, PART, Runs
 
 SPECS = [{"name": "pretrain", "stage": "pretrain", "settings": {"training": {"steps": 3}}},
@@ -294,3 +295,12 @@ def test_a_place_that_the_log_does_not_have_is_its_start(folder, place):
     log(make_run(folder / "a"), *ROWS)
     after = base64.urlsafe_b64encode(f'{{"pretrain/rows": [{place}, 5]}}'.encode()).decode()
     assert Runs(folder).news("a", after)["stages"]["pretrain"]["rows"] == ROWS
+
+
+def test_a_log_that_goes_while_it_is_read_is_left_out(folder, monkeypatch):
+    log(make_run(folder / "a"), ROWS[0])
+    there = runs_module._is_file
+    monkeypatch.setattr(runs_module, "_is_file", lambda path: path.name == "metrics.jsonl" or there(path))
+    (folder / "a" / "pretrain" / "metrics.jsonl").unlink()
+    assert Runs(folder).news("a")["stages"] == {}
+    assert [run["name"] for run in Runs(folder).all()] == ["a"]

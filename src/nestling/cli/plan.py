@@ -108,7 +108,7 @@ def _of_recipe(
                 "seconds": work.flops() / rate,
                 "exact": work.exact,
             }
-            if "depth" in (getattr(one.stage.settings, "model", None) or {}):
+            if work.logits and "depth" in (getattr(one.stage.settings, "model", None) or {}):
                 tokens = work.sequences * work.width
                 enough = -(-TOKENS_PER_WEIGHT * counts.active // tokens)
                 row["of_depth"] = {**_sizes(work.models[0]), **_rates(one.stage.settings), "steps_that_suit": enough}
@@ -120,7 +120,7 @@ def _sizes(config: DecoderConfig) -> dict[str, int]:
     return {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads, "head_size": config.head}
 
 
-def _rates(settings: Any) -> dict[str, float]:
+def _rates(settings: Any) -> dict[str, float | None]:
     return {name: getattr(settings.training, name) for name in rates(1)}
 
 
@@ -183,10 +183,9 @@ def _show_recipe(console: Console, found: Mapping[str, Any], title: str) -> None
 
 
 def _described(sizes: Mapping[str, int], chosen: Mapping[str, Any]) -> str:
-    return (
-        f"{sizes['n_layers']} layers, width {sizes['d_model']}, {sizes['n_heads']} heads of {sizes['head_size']}; "
-        f"learning rates {chosen['learning_rate']} (matrices), {chosen['adam_learning_rate']} (the rest)"
-    )
+    one, rest = chosen["learning_rate"], chosen["adam_learning_rate"]
+    learning = f"learning rate {one}" if rest is None else f"learning rates {one} (matrices), {rest} (the rest)"
+    return f"{sizes['n_layers']} layers, width {sizes['d_model']}, {sizes['n_heads']} heads of {sizes['head_size']}; {learning}"
 
 
 def _speed(speed: Mapping[str, Any]) -> str:

@@ -150,6 +150,8 @@ def checked_tools(tools: Any) -> tuple[Tool, ...]:
     Raises:
         ValueError: something that is neither a name nor a definition with a name.
     """
+    if isinstance(tools, str | Mapping):
+        raise ValueError("tools are a list of names or definitions")
     for tool in tools or ():
         function = tool.get("function") if isinstance(tool, Mapping) else {"name": tool}
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

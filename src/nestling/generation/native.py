@@ -114,7 +114,8 @@ class Native:
     def hidden(self, ids: Tensor, rows: Tensor, counts: Tensor | None, cache: KVCache) -> Tensor:
         """The next tokens of N rows of a cache: outputs [N, T, D]; those at padding are zero.
 
-        Keys and values are stored behind those that the rows have; the cache's lengths are left to the caller.
+        Keys and values are stored behind those that the rows have; the cache's lengths are left to the caller. Angles that
+        follow from a text's length are those of each token's own place, as if the tokens came one by one.
 
         Args:
             ids: [N, T], right-padded.

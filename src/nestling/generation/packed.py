@@ -62,7 +62,7 @@ def pack(model: Decoder, dtype: torch.dtype | None = None) -> PackedDecoder:
 
 
 class PackedDecoder(Decoder):
-    """A decoder with a packed output layer, and a native call for single tokens where there is one."""
+    """A decoder with a packed output layer, and a native call for steps and short prompts where there is one."""
 
     output: nn.Module
     native: native.Native | None
@@ -80,7 +80,8 @@ class PackedDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.hidden`. A few tokens of each text, for rows of a cache, go the native way."""
         few = (ids.numel() if self.matrix_units else ids.shape[1]) <= NATIVE_TOKENS
-        if self.native is None or cache is None or not few or positions is not None or segments is not None:
+        ragged = self.positions.reads_lengths and ids.shape[1] > 1 and not isinstance(rows, slice)  # see `Native.hidden`
+        if self.native is None or cache is None or not few or ragged or positions is not None or segments is not None:
             return super().hidden(ids, positions=positions, segments=segments, cache=cache, rows=rows, counts=counts)
         chosen = torch.arange(cache.rows)[slice(None) if rows is None else rows]
         outputs = self.native.hidden(ids, chosen, counts, cache)
@@ -126,9 +127,10 @@ class BlockedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] -> [.., out]"""
         flat = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        even = F.pad(flat, (0, 0, 0, round_rows(len(flat)) - len(flat)))
+        more = round_rows(len(flat)) - len(flat)
+        even = F.pad(flat, (0, 0, 0, more)) if more else flat  # a pad of nothing copies too
         y = torch.ops.mkldnn._linear_pointwise(even, self.weight, self.bias, "none", [], "")
-        return y[: len(flat)].view(*x.shape[:-1], -1)
+        return y[: len(flat)].view(*x.shape[:-1], y.shape[-1])
 
 
 def round_rows(rows: int) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nestling.model import experts
 from nestling.model.adapters import Adaptation, AdapterSettings, adapt
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
@@ -98,14 +100,13 @@ def _rehearse(config: DecoderConfig, batch: Microbatch, adapters: AdapterSetting
     """Forward and backward of `Decoder.hidden` with nothing computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a second to import: only where something will train
 
-    # Without a grouped kernel the experts' shapes follow from data; a CPU always has one.
+    # Of experts whose products are no kernel's the device is of no matter.
     grouped = config.experts is None or batch.dtype == torch.bfloat16
     device = torch.device(batch.device if grouped else "cpu")
-    with FakeTensorMode(), device:
+    with FakeTensorMode(), device, _all_grouped():
         model = Decoder(config).train()
-        if adapters:  # of a rank for which the grouped kernel is there
-            rank = -(-adapters.rank // 8) * 8 if config.experts else adapters.rank
-            adapt(model, Adaptation(adapters.model_copy(update={"rank": rank}), Path()))
+        if adapters:
+            adapt(model, Adaptation(adapters, Path()))
         if batch.dtype == torch.bfloat16:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(batch.dtype)
@@ -119,6 +120,17 @@ def _rehearse(config: DecoderConfig, batch: Microbatch, adapters: AdapterSetting
             kept, each = living.now, marks[1] - marks[0]
             hidden.sum().backward()
         return _Rehearsal(kept - 2 * each, each, living.most - kept)
+
+
+@contextmanager
+def _all_grouped() -> Iterator[None]:
+    """Every product of groups as the kernel's, whatever its sizes: expert by expert, shapes follow from data."""
+    real = experts._has_grouped_kernel
+    experts._has_grouped_kernel = lambda x, weight: True
+    try:
+        yield
+    finally:
+        experts._has_grouped_kernel = real
 
 
 class _Living(TorchDispatchMode):

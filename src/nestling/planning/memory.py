@@ -21,6 +21,7 @@ import torch
 from nestling.model.adapters import Adaptation, AdapterSettings, adapt
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
+from nestling.model.experts import active_share
 from nestling.model.likelihood import CHUNK_LOGITS
 from nestling.planning.activations import Microbatch, activations
 from nestling.planning.parameters import count_parameters
@@ -62,6 +63,8 @@ class Weights:
     hidden: int
     output: bool = True
     """Whether the output layer learns, all of it or rows for new tokens."""
+    used: int = 0
+    """Of adapters, the weights that one token is multiplied with: not those of experts it isn't sent to."""
 
     @staticmethod
     def of(config: DecoderConfig, adapters: AdapterSettings | None = None) -> Weights:
@@ -73,8 +76,9 @@ class Weights:
             model = Decoder(config)
             adapt(model, Adaptation(adapters, Path()))
         learnt = [p for p in model.parameters() if p.requires_grad]
-        added = sum(p.numel() for p in learnt)
-        return Weights(counted.total + added, added, sum(p.numel() for p in learnt if p.ndim == 2))
+        added, used = sum(p.numel() for p in learnt), sum(p.numel() * active_share(p, model) for p in learnt)
+        matrices = sum(p.numel() for p in learnt if p.ndim == 2)
+        return Weights(counted.total + added, added, matrices, used=round(used))
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Work:
         learning = sum(found.recomputed() if recompute else found.training for found in counted)
         if self.adapters:
             learning -= sum(found.weight_gradients for found in counted)
-            learning += sum(6 * Weights.of(model, self.adapters).learnt for model in self.models)
+            learning += sum(6 * Weights.of(model, self.adapters).used for model in self.models)
         reading = sum(flops_per_token(model, self.width).forward for model in self.readers)
         return float(self.steps * self.sequences * self.width) * (self.epochs * learning + reading)
 

@@ -194,7 +194,7 @@ class Answer:
         left = self._room
         share = EFFORTS.get(question.effort or "")
         calls = opened == CALL_START
-        bias = forbidden(tokenizer, calls=bool(question.offer.names), thoughts=share != 0)
+        bias = forbidden(tokenizer, self._ids, calls=bool(question.offer.names), thoughts=share != 0)
         changes = {
             "max_tokens": left,
             "min_tokens": min(sampling.min_tokens, left),
@@ -274,9 +274,14 @@ def _json(arguments: Mapping[str, Any]) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
-def forbidden(tokenizer: Tokenizer, *, calls: bool, thoughts: bool) -> dict[int, float]:
-    """A bias against calls where nothing may be called, and against thoughts where none are wanted."""
-    names = [CALL_START] * (not calls) + [THINK_START, THINK_END] * (not thoughts)
+def forbidden(tokenizer: Tokenizer, prompt: Sequence[int], *, calls: bool, thoughts: bool) -> dict[int, float]:
+    """A bias against calls where nothing may be called, and against thoughts where none are wanted.
+
+    A thought that the chat template has opened at the end of the prompt may end all the same.
+    """
+    marks = {tokenizer.special.get(name): name for name in (THINK_START, THINK_END)}
+    opened = next((marks[id] for id in reversed(prompt) if id in marks), "") == THINK_START
+    names = [CALL_START] * (not calls) + [THINK_START] * (not thoughts) + [THINK_END] * (not thoughts and not opened)
     return {tokenizer.special[name]: NEVER for name in names if name in tokenizer.special}
 
 

@@ -50,11 +50,12 @@ async def guarded(request: Request, question: Question) -> Question:
     return replace(question, guard=guard, key=key)
 
 
-def choose(state: Any, name: str, messages: Sequence[Message]) -> Chosen:
+def choose(state: Any, name: str, messages: Sequence[Message], *, tools: bool = True) -> Chosen:
     """The chat model for a request.
 
     Args:
         state: of the app.
+        tools: whether the request lets the service use tools of its own.
 
     Raises:
         ApiError: no such model, or one that does not chat; "auto" without a router that knows one of the models.
@@ -67,7 +68,7 @@ def choose(state: Any, name: str, messages: Sequence[Message]) -> Chosen:
                        code="model_not_found", param="model")  # fmt: skip
     try:
         chatting = [one for one in models if one.kind == "chat"]
-        tools = any(one.toolbox.names for one in chatting)
+        tools = tools and any(one.toolbox.names for one in chatting)
         choice = state.router.choose(messages, [one.name for one in chatting], tools=tools)
     except UserError as error:
         raise ApiError.of(error, param="model") from None

@@ -119,8 +119,8 @@ def memory_of(one: Planned, runtime: Runtime) -> Memory:
 def disk_of(one: Planned, runtime: Runtime) -> int:
     """Bytes of a training stage's checkpoint and of the states it can be resumed from, in full precision."""
     assert one.work is not None
-    memory, counts = memory_of(one, runtime), [Weights.of(model) for model in one.work.models]
-    state = 4 * sum(count.all for count in counts) + memory.states
+    memory, counts = memory_of(one, runtime), [Weights.of(model, one.work.adapters) for model in one.work.models]
+    state = 4 * sum(count.learnt for count in counts) + memory.states
     return 4 * counts[0].all + (_training(one.stage).keep + 1) * state  # a new state is written before the oldest goes
 
 

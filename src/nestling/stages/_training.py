@@ -193,9 +193,10 @@ def figures(result: TrainResult) -> dict[str, Any]:
     return report | ({"stopped": result.stopped} if result.stopped else {})
 
 
-def read_split(folder: Path, split: str, kind: type[Row]) -> list[Any]:
-    """All rows of one split of a data stage."""
-    return list(read_rows(folder / f"{split}.jsonl", kind.from_row))
+def read_split(folder: Path, split: str, kind: type[Row], tokenizer: Tokenizer | None = None) -> list[Any]:
+    """All rows of one split of a data stage; with `tokenizer` told its tools, for conversations and prompts."""
+    rows = list(read_rows(folder / f"{split}.jsonl", kind.from_row))
+    return rows if tokenizer is None else told(rows, tokenizer)
 
 
 def told(rows: Sequence[Any], tokenizer: Tokenizer) -> list[Any]:

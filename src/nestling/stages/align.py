@@ -32,16 +32,7 @@ from nestling.model.decoder import Decoder
 from nestling.objectives._on_policy import OnPolicy, PolicySettings
 from nestling.planning.work import Known, Work
 from nestling.stages._preflight import model_in
-from nestling.stages._training import (
-    Adaptable,
-    figures,
-    materials,
-    optimise,
-    read_split,
-    save_model,
-    starting_model,
-    told,
-)
+from nestling.stages._training import Adaptable, figures, materials, optimise, read_split, save_model, starting_model
 from nestling.stages._truth import WorldSettings, rubric_scorer
 from nestling.tokenizer.conversation import render
 
@@ -91,6 +82,9 @@ def replies_work(
     if not isinstance(policy, DecoderConfig) or not isinstance(reward, DecoderConfig):
         return None
     learnt = (policy, reward) if "value_weight" in type(chosen).model_fields else (policy,)
+    frozen: tuple[DecoderConfig, ...] = (policy, reward)
+    if settings.adapters:  # these share what is frozen; a reward model that no value model grew from stands alone
+        frozen = () if len(learnt) > 1 else (reward,)
     return Work(
         learnt,
         settings.training.steps,
@@ -100,7 +94,7 @@ def replies_work(
         microbatches=chosen.microbatches,
         epochs=chosen.epochs,
         readers=(policy, policy, reward, *learnt),
-        frozen=() if settings.adapters else (policy, reward),  # adapters share what is frozen
+        frozen=frozen,
         written=chosen.rollouts,
         exact=False,
         pieces_setting=pieces,
@@ -117,7 +111,7 @@ def align(module: ModuleType, chosen: PolicySettings, settings: Comparison, cont
     """
     start = starting_model(settings, context, "policy")
     train, held_out = (
-        told(read_split(context.reads["prompts"], split, PromptRow), start.tokenizer) for split in ("train", "val")
+        read_split(context.reads["prompts"], split, PromptRow, start.tokenizer) for split in ("train", "val")
     )
     size = start.model.config.context
     loader = PromptLoader(

@@ -24,15 +24,7 @@ from nestling.model.decoder import build
 from nestling.model.depth import rates, with_depth
 from nestling.objectives import next_token
 from nestling.planning.work import Known, Work
-from nestling.stages._training import (
-    Adaptable,
-    SampleWriter,
-    figures,
-    materials,
-    optimise,
-    save_model,
-    starting_model,
-)
+from nestling.stages._training import Adaptable, SampleWriter, figures, materials, optimise, save_model, starting_model
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.training.health import Expected
 from nestling.training.settings import TrainSettings
@@ -65,6 +57,8 @@ class Settings(Adaptable):
     def _depth_sets_rates(cls, settings: Any) -> Any:
         """The rates that suit a model given by its depth, where the settings name none."""
         model, lesson = settings.get("model"), settings.get("training")
+        if isinstance(lesson, TrainSettings):
+            lesson = lesson.model_dump(exclude_unset=True)
         if not isinstance(model, Mapping) or "depth" not in model or not isinstance(lesson, Mapping):
             return settings
         if (optimizer := lesson.get("optimizer", "muon")) == "muon":

@@ -16,16 +16,7 @@ from nestling.model.config import DecoderConfig
 from nestling.objectives import reward as objective_file
 from nestling.planning.work import Known, Work
 from nestling.stages._preflight import measured
-from nestling.stages._training import (
-    Adaptable,
-    figures,
-    materials,
-    optimise,
-    read_split,
-    save_model,
-    starting_model,
-    told,
-)
+from nestling.stages._training import Adaptable, figures, materials, optimise, read_split, save_model, starting_model
 from nestling.training.health import Expected
 
 VERSION = 1
@@ -58,12 +49,12 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     """Train from the SFT model; report held-out accuracy against the labels and, where known, the noise-free truth."""
     stuff = materials(context)
     start = starting_model(settings, context, "model")
-    held_out = read_split(context.reads["rankings"], "val", Ranking)
-    train_rows = read_split(context.reads["rankings"], "train", Ranking)
+    held_out = read_split(context.reads["rankings"], "val", Ranking, start.tokenizer)
+    train_rows = read_split(context.reads["rankings"], "train", Ranking, start.tokenizer)
 
     def loader(rows: list[Ranking]) -> RankingLoader:
         size, prompts = start.model.config.context, settings.batch_prompts
-        return RankingLoader(told(rows, start.tokenizer), start.tokenizer, size, prompts, context.seed, too_long=settings.too_long)
+        return RankingLoader(rows, start.tokenizer, size, prompts, context.seed, too_long=settings.too_long)
 
     given: dict[str, Any] = {"rankings": loader(train_rows), "held_out": loader(held_out)}
     if (truth := objective_file.with_truth(held_out)) is not None:
@@ -89,5 +80,5 @@ def _reference_mean(settings: Settings, context: StageContext, objective: Any, t
     """The mean score of demonstrations, 0 without any."""
     if "conversations" not in context.reads or not settings.references:
         return 0.0
-    references = told(read_split(context.reads["conversations"], "val", Conversation)[: settings.references], tokenizer)
+    references = read_split(context.reads["conversations"], "val", Conversation, tokenizer)[: settings.references]
     return objective_file.reference_score(objective.model, tokenizer, references)

@@ -17,21 +17,12 @@ from nestling.model.checkpoint import Checkpoint
 from nestling.model.config import DecoderConfig
 from nestling.objectives import next_token
 from nestling.planning.work import Known, Work
-from nestling.stages._training import (
-    Adaptable,
-    figures,
-    materials,
-    optimise,
-    read_split,
-    save_model,
-    starting_model,
-    told,
-)
+from nestling.stages._training import Adaptable, figures, materials, optimise, read_split, save_model, starting_model
 from nestling.tokenizer.special import CHAT
 from nestling.tokenizer.template import CHAT_TEMPLATE
 from nestling.training.health import Expected
 
-VERSION = 1
+VERSION = 2
 READS = {"model": "pretrain", "conversations": "conversations"}
 
 
@@ -60,7 +51,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
     size = base.model.config.context
     loaders = {
         split: ChatLoader(
-            told(read_split(context.reads["conversations"], split, Conversation), base.tokenizer),
+            read_split(context.reads["conversations"], split, Conversation, base.tokenizer),
             base.tokenizer,
             size,
             settings.batch_rows,

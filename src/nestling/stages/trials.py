@@ -102,7 +102,8 @@ def _outcomes(
     """Score and cost of one candidate's answer to every prompt; it may think and call tools where the service lets it."""
     engine = Engine(found.model, found.tokenizer, rows=settings.rows, frozen=True)
     tools, thinks = settings.tools if candidate.effort == "tools" else (), candidate.effort == "thinking"
-    bias = forbidden(found.tokenizer, calls=bool(tools), thoughts=thinks)
+    begun = render(found.tokenizer, asked[0].prompt, prompt=True).ids if asked else []  # as the template begins every reply
+    bias = forbidden(found.tokenizer, begun, calls=bool(tools), thoughts=thinks)
     sampling = Sampling(temperature=0.0, max_tokens=settings.max_tokens, logit_bias=bias)
     offered = [row.model_copy(update={"meta": {**row.meta, "tools": tools}}) for row in asked]
     answer = _thoughtful if thinks else _spoken

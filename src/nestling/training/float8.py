@@ -39,7 +39,7 @@ def round_linears(modules: Mapping[str, nn.Module], device: torch.device) -> Cal
         plain += [(block, path, part) for path, part in block.named_modules() if _fits(part, path)]
         convert_to_float8_training(block, config=settings, module_filter_fn=_fits)
     if not plain:
-        raise _unable(f"no linear layer of a repeated block has sizes in multiples of {MULTIPLE}")
+        raise _unable(f"no linear layer of a repeated block, adapted ones aside, has sizes in multiples of {MULTIPLE}")
 
     def undo() -> None:
         for block, path, part in plain:

@@ -112,7 +112,7 @@ def _multi(facts: Facts, stream: Stream, split: str) -> Conversation:
 
 
 def mixture(facts: Facts, stream: Stream, split: str) -> list[Exchange]:
-    """2 to 7 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
+    """2 to 8 exchanges: perhaps a greeting, questions that follow each other or other kinds, perhaps a thank-you."""
     exchanges = [turns.greeting(facts, stream, split)] if stream.chance(0.35) else []
     if stream.chance(0.4):
         exchanges += turns.followups(facts, stream, split, stream.number(2, 3))

@@ -15,8 +15,6 @@ from nestling.world import dialogues, documents, evaluation, moderation, problem
 from nestling.world.facts import Facts, make_facts
 from nestling.world.streams import Stream
 
-VERSION = 2
-
 
 @dataclass(frozen=True)
 class World:

@@ -50,10 +50,14 @@ def test_an_old_store_is_brought_up_to_date_with_what_it_holds(address, revision
         connection.execute(insert(MESSAGES).values(id="m", role="user", **message))
         connection.execute(insert(MESSAGES).values(id="n", role="assistant", parent_id="m", **message))
         connection.execute(insert(VOTES).values(message_id="n", value=1, reason="", comment="", created=1.0))
+        connection.execute(text("INSERT INTO model_versions VALUES ('v', 'small', '', '{}', 1.0)"))
+        names = "message_id, version_id, system, tools, sampling, seed, prompt_tokens, completion_tokens, finish, seconds"
+        connection.execute(text(f"INSERT INTO replies ({names}) VALUES ('n', 'v', '', '[]', '{{}}', 1, 1, 1, 'stop', 1.0)"))
     old.close()
     store = Store.open(address)
     assert [c.title for c in store.conversations.page(search="hi").data] == ["Old"]
     assert store.conversations.message("n").vote == VoteRecord(value=1)
+    assert store.conversations.message("n").reply.forgotten == 0
     new = store.conversations.answer("c", "m", reply("Hello!"))
     store.feedback.flag(new.id, "spam")
     store.feedback.rank("c", [["n"], [new.id]])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from pydantic import SecretStr
+from sqlalchemy.exc import IntegrityError
 from starlette.testclient import TestClient
 
 from nestling.generation.engine import Engine
@@ -21,6 +22,7 @@ from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
 from nestling.serving.models import Models, Served
 from nestling.serving.moderation import Verdict
+from nestling.serving.routes._opened import answer_for
 from nestling.serving.settings import Key, ServeSettings
 from nestling.serving.store.store import Store
 from nestling.tokenizer.bpe import Tokenizer
@@ -329,3 +331,8 @@ def test_a_flagged_reply_is_withheld_and_kept_for_people_to_look_at(tokenizer, k
         told = [said_of for _, said_of in kept.moderation.judged() if not said_of.flagged]
         assert [one.direction for one in told] == ["input", "output", "input"]
         assert all(one.message and one.text is None for one in told)
+
+
+def test_a_change_that_came_first_is_a_conflict():
+    """What the database refuses because of another's change is no fault of the service's."""
+    assert (answer_for(IntegrityError("", {}, Exception())).status, answer_for(OSError()).status) == (409, 503)

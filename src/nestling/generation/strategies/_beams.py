@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from nestling.generation.strategy import DROP, KEEP, View
+from nestling.core.config import Config
+from nestling.generation.sequence import Row
+from nestling.generation.strategy import DROP, KEEP, Decoding, View
+
+
+class Options(Config):
+    """Options of searches that end in the best of R hypotheses."""
+
+    beams: int = Field(4, ge=1, le=1024, description="Hypotheses R that are followed at once.")
+    length_penalty: float = Field(1.0, ge=0, description="Power α of the length that scores are divided by; 0: none.")
+
+
+class Beams(Decoding):
+    """R rows per request, the best of them first at the end."""
+
+    Settings = Options
+
+    @property
+    def rows(self) -> int:
+        """The number of beams."""
+        return self.settings.beams
+
+    def order(self, rows: Sequence[Row]) -> list[int]:
+        """By length-normalised score."""
+        scores = [row.score / max(row.count, 1) ** self.settings.length_penalty for row in rows]
+        return sorted(range(len(rows)), key=lambda r: -scores[r])
 
 
 def only_first(view: View) -> Tensor:

@@ -7,34 +7,15 @@ takes it. Probabilities are taken at the request's temperature (1 when it is 0),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from nestling.core.config import Config
-from nestling.generation.sequence import Row
 from nestling.generation.strategies import _beams
-from nestling.generation.strategy import Decoding, View
+from nestling.generation.strategy import View
 
 
-class Options(Config):
-    """Options of beam search."""
-
-    beams: int = Field(4, ge=1, le=1024, description="Hypotheses R that are followed at once.")
-    length_penalty: float = Field(1.0, ge=0, description="Power α of the length that scores are divided by; 0: none.")
-
-
-class Strategy(Decoding):
+class Strategy(_beams.Beams):
     """R rows per request."""
-
-    Settings = Options
-
-    @property
-    def rows(self) -> int:
-        """The number of beams."""
-        return self.settings.beams
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """The R best of all continuations of live rows and all rows that have ended."""
@@ -44,8 +25,3 @@ class Strategy(Decoding):
         staying = view.scores / view.lengths.clamp_min(1).float() ** alpha
         parents, tokens, _ = _beams.choose(going_on, staying, view.ended)
         return parents, tokens
-
-    def order(self, rows: Sequence[Row]) -> list[int]:
-        """By length-normalised score."""
-        scores = [row.score / max(row.count, 1) ** self.settings.length_penalty for row in rows]
-        return sorted(range(len(rows)), key=lambda r: -scores[r])

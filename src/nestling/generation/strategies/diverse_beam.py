@@ -6,28 +6,22 @@ same token at this step (their Hamming diversity). λ decides which beams surviv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from nestling.core.config import Config
 from nestling.core.errors import UserError
-from nestling.generation.sequence import Row
 from nestling.generation.strategies import _beams
-from nestling.generation.strategy import Decoding, View
+from nestling.generation.strategy import View
 
 
-class Options(Config):
+class Options(_beams.Options):
     """Options of diverse beam search."""
 
-    beams: int = Field(4, ge=1, le=1024, description="Hypotheses in all.")
     groups: int = Field(4, ge=1, le=1024, description="Groups that the beams are divided into evenly.")
     diversity: float = Field(
         0.5, ge=0, description="Cost λ, in nats, of a token for each earlier beam that takes it now."
     )
-    length_penalty: float = Field(1.0, ge=0, description="Power α of the length that scores are divided by; 0: none.")
 
     @model_validator(mode="after")
     def _groups_are_equal(self) -> Options:
@@ -36,15 +30,10 @@ class Options(Config):
         return self
 
 
-class Strategy(Decoding):
+class Strategy(_beams.Beams):
     """R rows per request, group after group."""
 
     Settings = Options
-
-    @property
-    def rows(self) -> int:
-        """The number of beams."""
-        return self.settings.beams
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """One beam search step for each group, in order."""
@@ -63,8 +52,3 @@ class Strategy(Decoding):
             parents.append(origin + start)
             tokens.append(chosen)
         return torch.cat(parents, 1), torch.cat(tokens, 1)
-
-    def order(self, rows: Sequence[Row]) -> list[int]:
-        """By length-normalised score."""
-        scores = [row.score / max(row.count, 1) ** self.settings.length_penalty for row in rows]
-        return sorted(range(len(rows)), key=lambda r: -scores[r])

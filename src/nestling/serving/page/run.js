@@ -39,6 +39,7 @@ export async function showRun(element, name) {
     } catch (failure) {
       if (!head.children.length) head.replaceChildren(back(), h("h1", { text: name }));
       note.replaceChildren(problem(failure.status === 404 ? { message: t("runs_missing") } : failure));
+      if (failure.code === "runs_forbidden") end();
     }
   });
   return () => { end(); learning.end(); };

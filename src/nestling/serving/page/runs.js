@@ -20,7 +20,7 @@ async function showList(element) {
   const note = h("div");
   element.append(h("h1", { text: t("nav_runs") }), h("p", { class: "muted lead", text: t("runs_lead") }), note, list);
   let shown = "";
-  return every(2000, async () => {
+  const end = every(2000, async () => {
     try {
       const { data } = await api("/api/runs");
       note.replaceChildren(...(data.length ? [] : [empty()]));
@@ -28,8 +28,10 @@ async function showList(element) {
       shown = JSON.stringify(data);
     } catch (failure) {
       note.replaceChildren(problem(failure));
+      if (failure.code === "runs_forbidden") end(); // asking again changes nothing
     }
   });
+  return end;
 }
 
 /** Show the runs; the links stay the same elements where they can, so that the focus stays where it is. */

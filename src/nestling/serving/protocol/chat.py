@@ -121,10 +121,9 @@ class ChatRequest(Decoding):
 
 
 @dataclass
-class ChatWriter:
+class Writer:
     """Writes the JSON of one reply: every chunk of it carries the same head."""
 
-    tokenizer: Tokenizer
     id: str
     created: int
     model: str
@@ -132,9 +131,18 @@ class ChatWriter:
     logprobs: bool = False
     include_usage: bool = False
 
-    def chunk(
-        self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None
-    ) -> dict[str, Any]:
+    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
+                "system_fingerprint": self.fingerprint, "choices": choices}  # fmt: skip
+
+
+@dataclass
+class ChatWriter(Writer):
+    """Writes the JSON of a chat completion."""
+
+    tokenizer: Tokenizer = field(kw_only=True)
+
+    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         """One chunk of a stream."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._head("chat.completion.chunk", [choice]) | ({"usage": None} if self.include_usage else {})
@@ -159,10 +167,6 @@ class ChatWriter:
             for index, choice in enumerate(choices)
         ]  # fmt: skip
         return self._head("chat.completion", told) | {"usage": usage}
-
-    def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model,
-                "system_fingerprint": self.fingerprint, "choices": choices}  # fmt: skip
 
     def _delta(self, index: int, delta: Delta) -> dict[str, Any]:
         match delta.kind:

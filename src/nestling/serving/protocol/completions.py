@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from nestling.serving.errors import ApiError, unsupported
-from nestling.serving.protocol.chat import StreamOptions
+from nestling.serving.protocol.chat import StreamOptions, Writer
 from nestling.serving.protocol.decoding import Decoding
 from nestling.serving.protocol.logprobs import TextLogprobs
 from nestling.tokenizer.bpe import Tokenizer
@@ -79,15 +79,8 @@ def check_ids(tokenizer: Tokenizer, ids: Sequence[int], param: str) -> list[int]
 
 
 @dataclass
-class TextWriter:
+class TextWriter(Writer):
     """Writes the JSON of completions."""
-
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-    logprobs: bool = False
-    include_usage: bool = False
 
     def choice(self, index: int, text: str, logprobs: TextLogprobs, finish: str | None = None) -> dict[str, Any]:
         """One entry of `choices`."""
@@ -106,6 +99,4 @@ class TextWriter:
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """A whole reply, or a chunk of a stream."""
-        told = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-                "system_fingerprint": self.fingerprint, "choices": choices}  # fmt: skip
-        return told | ({"usage": usage} if usage or self.include_usage else {})
+        return self._head("text_completion", choices) | ({"usage": usage} if usage or self.include_usage else {})

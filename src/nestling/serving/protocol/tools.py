@@ -98,6 +98,11 @@ def offer(tools: Sequence[Tool] | None, choice: ToolChoice | None, own: Sequence
     return Offer(functions, wanted, _check_choice(choice, functions), parallel)
 
 
+def lets_own(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> bool:
+    """Whether a request lets the service use tools of its own: it names none at all, or one of them."""
+    return choice != "none" and (tools is None or any(tool.type != "function" for tool in tools))
+
+
 def _function(tool: Tool, place: int) -> Function:
     if tool.function is None:
         where = f"tools[{place}].function"

@@ -115,12 +115,13 @@ async def wish_for(request: Request, store: Store, id: str, body: ReplyRequest) 
     models: Models = request.app.state.models
     name = body.model or conversation.model or models.default.name
     said = [message for record in path for message in record.messages()]
-    chosen = choose(request.app.state, name, said)
+    tools = conversation.tools if body.tools is None else body.tools
+    chosen = choose(request.app.state, name, said, tools=bool(tools))
     panel = _panel(conversation.sampling, body.sampling)
     settings: ServeSettings = request.app.state.settings
     question = Question(
         (), _sampling(chosen.served, panel), seed=secrets.randbits(SEED_BITS) if panel.seed is None else panel.seed,
-        offer=_offer(chosen.served, conversation.tools if body.tools is None else body.tools),
+        offer=_offer(chosen.served, tools),
         effort=body.reasoning_effort, rounds=settings.tool_rounds, tool_seconds=settings.tool_seconds,
         opens_thought=settings.opens_thought,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from nestling.serving.models import Served
 from nestling.serving.observing import Record
 from nestling.serving.protocol.chat import ChatRequest, ChatWriter, Choice, usage
 from nestling.serving.protocol.messages import to_messages
-from nestling.serving.protocol.tools import offer
+from nestling.serving.protocol.tools import lets_own, offer
 from nestling.serving.sending import STREAMS, EventStream, answer_to, merge
 from nestling.serving.settings import ServeSettings
 
@@ -36,14 +36,14 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     if count > settings.max_choices:
         raise ApiError(f"n: at most {settings.max_choices}", param="n", code="invalid_value")
     messages = tuple(to_messages(body.messages))
-    chosen = choose(request.app.state, body.model, messages)
+    chosen = choose(request.app.state, body.model, messages, tools=lets_own(body.tools, body.tool_choice))
     served, question = chosen.served, chosen.adapt(_question(chosen.served, settings, body, messages))
     question = await guarded(request, question)
     answers = choices(served, question, count, whole=not body.stream)
     record.model, record.prompt_tokens = served.name, len(answers[0].prompt)
     record.text = {"messages": [message.to_row() for message in messages]}
     writer = ChatWriter(
-        served.tokenizer, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint,
+        f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint, tokenizer=served.tokenizer,
         logprobs=bool(body.logprobs), include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
     await begin_all(answers)

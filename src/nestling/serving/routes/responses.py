@@ -19,7 +19,7 @@ from nestling.serving.models import Served
 from nestling.serving.observing import Record
 from nestling.serving.protocol.response_events import Composer, Event
 from nestling.serving.protocol.responses import ResponsesRequest
-from nestling.serving.protocol.tools import offer
+from nestling.serving.protocol.tools import lets_own, offer
 from nestling.serving.remembering import Kept, Memory
 from nestling.serving.routes._opened import STORE_ERRORS, answer_for
 from nestling.serving.sending import STREAMS, EventStream, answer_to
@@ -38,7 +38,8 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     memory: Memory = request.app.state.memory
     record: Record = request.state.record
     messages = await _conversation(body, memory, record.key)
-    chosen = choose(request.app.state, body.model, messages)
+    own = lets_own(body.nested_tools, body.nested_choice)
+    chosen = choose(request.app.state, body.model, messages, tools=own)
     served = chosen.served
     question = await guarded(request, chosen.adapt(_question(served, settings, body, messages)))
     answer = Answer(served, question, whole=not body.stream)

@@ -29,7 +29,8 @@ def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
         messages = to_messages(body.messages)
         ids = render(served.tokenizer, messages, prompt=body.add_generation_prompt).ids
     if len(ids) > MOST_TOKENS:
-        raise ApiError(f"at most {MOST_TOKENS} tokens at once; these are {len(ids)}", code="string_above_max_length")
+        raise ApiError(f"at most {MOST_TOKENS} tokens at once; these are {len(ids)}", code="string_above_max_length",
+                       param="prompt" if body.messages is None else "messages")  # fmt: skip
     return token_list(served.tokenizer, ids, served.context)
 
 
