@@ -136,8 +136,9 @@ def test_recomputing_keeps_the_inputs_of_the_blocks_only() -> None:
 
 
 def test_activations_grow_with_rows_and_layers_alone() -> None:
-    one = activations(make_config(SIZES), Microbatch(4, 64)).kept
-    assert activations(make_config(SIZES), Microbatch(8, 64)).kept == pytest.approx(2 * one, rel=0.06)
+    one, two, three = (activations(make_config(SIZES), Microbatch(rows, 64)).kept for rows in (4, 8, 12))
+    assert three - two == pytest.approx(two - one, rel=0.02)
+    assert two == pytest.approx(2 * one, rel=0.06), "what does not grow is small: buffers that all chunks of the loss share"
     double = activations(make_config({**SIZES, "n_layers": 6}), Microbatch(4, 64)).kept
     assert double == pytest.approx(2 * one, rel=0.1)
 
