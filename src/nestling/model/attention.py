@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
+from nestling.model import kernels
 from nestling.model.cache import LayerMemory
 from nestling.model.config import DecoderConfig
 from nestling.model.norms import RMSNorm
 from nestling.model.positions import Rotation, rotate
 
 EXPLICIT_CPU_TOKENS = 1024
-"""Up to this many keys, a CPU trains faster with attention written out in strips of queries than with the fused kernel.
+"""Up to this many keys, a CPU trains faster with attention written out in strips of queries than with the fused kernel,
+where native code does not do it (`kernels.py`, three to four times as fast as either).
 
 Forward and backward in ms, compiled / eager, 8192 tokens, 4 heads of 64, bf16, 2 cores of an AMD EPYC (Zen 5) that others
 used too, `python tests/model/measure_attention.py`, torch 2.13, November 2026:
@@ -34,10 +36,13 @@ SHORTEST_STRIP, MOST_STRIPS = 128, 8
 backward took 361 ms with the square, 373 in strips of 64, 337 in strips of 128, and 452 with the fused kernel."""
 
 
+Mask = Tensor | BlockMask | kernels.Sight | None
+
+
 class Scene(NamedTuple):
     """What all layers of one forward pass share: who sees whom, and by how much queries and keys are turned."""
 
-    mask: Tensor | BlockMask | None
+    mask: Mask
     """Added to scores, [B or 1, 1 or H, T, S]: 0 where seen, -inf where not. None: all of the past and itself."""
     rotation: Rotation | None
 
@@ -62,13 +67,13 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if scene.rotation is not None:
             q, k = rotate(q, scene.rotation), rotate(k, scene.rotation)
-        if memory is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, H_kv, S, K]
+        if isinstance(scene.mask, kernels.Sight):
+            mixed = kernels.attend(q, k, v, scene.mask)
         else:
-            k, v = memory.extend(k, v)
-        dropout = self.dropout if self.training else 0.0
-        mixed = attend(q.transpose(1, 2), k, v, scene.mask, dropout, aligned=memory is None)
-        return self.output(mixed.transpose(1, 2).reshape(b, t, self.heads * self.head).to(x.dtype))
+            k, v = (k.transpose(1, 2), v.transpose(1, 2)) if memory is None else memory.extend(k, v)  # [B, H_kv, S, K]
+            dropout = self.dropout if self.training else 0.0
+            mixed = attend(q.transpose(1, 2), k, v, scene.mask, dropout, aligned=memory is None).transpose(1, 2)
+        return self.output(mixed.reshape(b, t, self.heads * self.head).to(x.dtype))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> queries [B, T, H, K], keys and values [B, T, H_kv, K], not yet rotated."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
 from nestling.core import registry
 from nestling.core.errors import UserError
-from nestling.model.attention import Scene, additive, block_mask, compute_dtype, explicit_pays, flex_pays
+from nestling.model import kernels
+from nestling.model.attention import Mask, Scene, additive, block_mask, compute_dtype, explicit_pays, flex_pays
 from nestling.model.block import BLOCKS
 from nestling.model.cache import CacheStep, KVCache
 from nestling.model.config import DecoderConfig
@@ -135,11 +135,13 @@ class Decoder(nn.Module):
                 fix=f"use at most {self.config.context}",
             )
 
-    def _mask(self, x: Tensor, segments: Tensor | None, step: CacheStep | None) -> Tensor | BlockMask | None:
+    def _mask(self, x: Tensor, segments: Tensor | None, step: CacheStep | None) -> Mask:
         """The mask of all layers; None where the attention kernel's own causal mask says it all."""
         t, device = x.shape[1], x.device
         span = t if step is None else step.span
         window = self.config.window if self.config.window and self.config.window < span else None
+        if step is None and self.training and kernels.serve(device, compute_dtype(x)) and kernels.know(self.config):
+            return kernels.Sight(None if segments is None else segments.int(), window)
         causal = step is None and segments is None and window is None and self.config.positions != "alibi"
         if causal and not explicit_pays(device, t):
             return None

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nestling.model import kernels
 from nestling.model.attention import compute_dtype
 from nestling.model.decoder import Decoder
 
@@ -153,9 +154,11 @@ class _LossSum(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         logits = _Logits(hidden, weight, 1.0, _chunk_size(weight, chunk))
         total = _Gradients(logits, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad[:2]) else None
+        native = kernels.serve(weight.device, weight.dtype)
+        one_pass = _compiled() if fuse else kernels.loss_and_gradient if native else None
         for part in _parts(len(hidden), logits.rows):
-            if fuse and total is not None:
-                found, dz = _compiled()(logits.rounded(part), targets[part], weights[part])
+            if one_pass is not None and total is not None:
+                found, dz = one_pass(logits.rounded(part), targets[part], weights[part])
                 loss += found
                 total.through(part, dz)
                 continue
