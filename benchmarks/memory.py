@@ -203,7 +203,13 @@ def main() -> None:
     print(f"{'model':>22} rows  pieces  optimizer  recompute  precision   predicted   measured  ratio")
     for job in NEW_JOBS if given.new else JOBS:
         for precision in [job["precision"]] if given.new else ("fp32", "bf16"):
-            full = {**job, "precision": precision, "pages": given.pages, "device": given.device, "compile": given.compile}
+            full = {
+                **job,
+                "precision": precision,
+                "pages": given.pages,
+                "device": given.device,
+                "compile": given.compile,
+            }
             row, model = apart(full), job["model"]
             name = f"{model.get('architecture', 'qwen3')} {model.get('d_model', 512)}x{model.get('n_layers', 8)}"
             kind = " lora" if "adapters" in job else " rankings" if "rankings" in job else ""

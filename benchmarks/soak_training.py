@@ -1,6 +1,7 @@
 """Training for a long time: does its memory grow?
 
     taskset -c 2,3 python benchmarks/soak_training.py --minutes 40
+    taskset -c 2,3 python benchmarks/soak_training.py --minutes 40 --stages reward ppo     the others get a few steps only
 
 Runs the recipe of tests/stages/tiny.yaml through the real command with far more steps in its four training stages,
 validating, sampling, saving and logging all the while, and reads the resident memory of the process (/proc) once a second.
@@ -26,6 +27,7 @@ import numpy as np
 
 TINY = Path(__file__).parents[1] / "tests" / "stages" / "tiny.yaml"
 SHARES = {"pretrain": 0.5, "sft": 0.15, "reward": 0.1, "ppo": 0.25}
+TRIAL = {"pretrain": 400, "sft": 200, "reward": 100, "ppo": 10}  # steps of the short run
 EVERY = {"pretrain": 200, "sft": 200, "reward": 200, "ppo": 20}  # steps between validations
 Measured = dict[str, list[tuple[int, float]]]  # of each stage: (step, MiB)
 
@@ -98,14 +100,18 @@ def main() -> None:
     """Find out how many steps fit, run them, print each stage's slope."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--stages", nargs="+", choices=list(SHARES), default=list(SHARES), help="that share the time")
     options = parser.parse_args()
+    whole = sum(SHARES[stage] for stage in options.stages)
     with tempfile.TemporaryDirectory() as folder:
-        trial = {"pretrain": 400, "sft": 200, "reward": 100, "ppo": 10}
-        _, seconds = soak(Path(folder, "trial"), trial)
-        steps = {s: max(20, int(options.minutes * 60 * SHARES[s] / seconds[s] * trial[s])) for s in SHARES}
+        _, seconds = soak(Path(folder, "trial"), TRIAL)
+        speed = {stage: TRIAL[stage] / seconds[stage] for stage in SHARES}
+        given = {stage: options.minutes * 60 * SHARES[stage] / whole for stage in options.stages}
+        steps = TRIAL | {stage: max(20, int(given[stage] * speed[stage])) for stage in given}
         print("steps:", steps, flush=True)
         measured, seconds = soak(Path(folder, "run"), steps)
-    for stage, points in measured.items():
+    for stage in options.stages:
+        points = measured[stage]
         late = np.array([point for point in points if point[0] > steps[stage] / 4] or [(0, np.nan), (1, np.nan)])
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
         print(

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from calls import TINY, CommandLine
 
+from nestling.cli.runs import recipe_path
+
 SETTINGS = [
     ("tokenizer.vocab_size=200", "tokenizer.vocab_size: must be greater than or equal to 257 (got 200)"),
     ("pretrain.model.d_model=33", "pretrain.model: d_model 33 is not divisible by n_heads 2; use d_model 32"),
@@ -92,6 +94,12 @@ def test_a_broken_recipe_is_refused(nestling: CommandLine, tmp_path: Path, name:
 
 def test_a_folder_is_no_recipe(nestling: CommandLine, tmp_path: Path) -> None:
     assert f"{tmp_path}: this is a folder, not a recipe" in nestling.refused("run", tmp_path)
+
+
+def test_a_folder_hides_no_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    assert recipe_path("lora").name == "lora.yaml"
 
 
 def test_a_folder_without_a_run_or_model_is_named(nestling: CommandLine, tmp_path: Path) -> None:

@@ -27,12 +27,15 @@ ROWS, CONTEXT, WORDS = 8, 16, 24
 LAYOUTS_OF_TWO: dict[str, dict[str, Any]] = {"data": {}, "full": {"shard": "full"}, "tensor": {"tensor": 2}}
 
 
-def together(world: int, work: Callable[..., Any], *given: Any) -> None:
-    """Run `work(*given)` in `world` processes joined into a group; an error in one of them is raised here."""
+def together(world: int, work: Callable[..., Any], *given: Any, method: str = "fork") -> None:
+    """Run `work(*given)` in `world` processes joined into a group; an error in one of them is raised here.
+
+    `method` "spawn" takes seconds more, but gives each process a hash seed of its own, as torchrun does.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(_one, (world, port, work, given), nprocs=world, start_method="fork")
+    multiprocessing.start_processes(_one, (world, port, work, given), nprocs=world, start_method=method)
 
 
 def _one(rank: int, world: int, port: int, work: Callable[..., Any], given: tuple[Any, ...]) -> None:

@@ -65,6 +65,14 @@ def test_muon_learns_the_same_in_every_layout(tmp_path: Path, alone: Path, layou
     assert_same(tmp_path, alone)
 
 
+def test_processes_need_not_share_the_order_of_their_sets(
+    tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    together(2, _learn, tmp_path, LAYOUTS["tensor 2"][1], {}, method="spawn")
+    assert_same(tmp_path, alone)
+
+
 def test_one_times_four_two_times_two_and_accumulation_agree(tmp_path: Path, alone: Path) -> None:
     for layout, pieces in (("one", 4), ("data 2", 2), ("data 4", 1)):
         work(tmp_path / layout, layout, microbatches=pieces)
@@ -81,10 +89,10 @@ def test_adamw_and_clipping_on_other_models(tmp_path: Path, layout: str, model: 
 
 
 def test_bf16_follows_one_process(tmp_path: Path) -> None:
-    for layout in ("one", "full 2", "data 2"):
-        work(tmp_path / layout, layout, dtype="bf16")
+    for layout in ("one", "full 2", "data 2", "tensor 2"):
+        work(tmp_path / layout, layout, dtype="bf16", model={"head_size": 16})  # which native attention serves
     wanted = [row["loss"] for row in rows_of(tmp_path / "one")]
-    for layout in ("full 2", "data 2"):
+    for layout in ("full 2", "data 2", "tensor 2"):
         assert [row["loss"] for row in rows_of(tmp_path / layout)] == pytest.approx(wanted, rel=1e-2)
         assert all(tensor.dtype == torch.float32 for tensor in weights_of(tmp_path / layout).values())
 

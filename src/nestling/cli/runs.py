@@ -87,14 +87,14 @@ def recipe_path(name: str) -> Path:
     """The file itself, or recipes/<name>.yaml here or beside the installed sources."""
     if Path(name).is_file():
         return Path(name)
-    if Path(name).is_dir():
-        fix = "give its recipe file; a run goes on by the command that began it"
-        raise UserError("this is a folder, not a recipe", where=name, fix=fix)
     shelves = [Path("recipes"), Path(str(importlib.resources.files("nestling"))).parents[1] / "recipes"]
     known = [path for shelf in shelves for path in shelf.glob("*.yaml")]
     for path in known:
         if path.stem == name.removesuffix(".yaml"):
             return path
+    if Path(name).is_dir():
+        fix = "give its recipe file; a run goes on by the command that began it"
+        raise UserError("this is a folder, not a recipe", where=name, fix=fix)
     fix = f"{nearest(Path(name).stem, {path.stem for path in known})}; or the path of a .yaml file"
     raise UserError("no such recipe", value=name, fix=fix)
 

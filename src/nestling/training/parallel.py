@@ -408,9 +408,11 @@ def _divide(modules: Mapping[str, nn.Module], layout: Layout) -> dict[str, int]:
         for block in repeated_blocks({"": module}):
             linear = {path: part for path, part in block.named_modules() if type(part) is nn.Linear}
             if not {*BY_INPUT, *BY_FEATURE} - {"feed_forward.gate"} <= linear.keys():
-                raise UserError("the layers of this model can't be divided", where=where, fix="use tensor: 1")
+                adapted = any(isinstance(part, nn.Linear) and type(part) is not nn.Linear for part in block.modules())
+                what = "adapters" if adapted else "the layers of this model"
+                raise UserError(f"{what} can't be divided", where=where, fix="use tensor: 1")
             plan: dict[str, Any] = {}
-            for path in linear.keys() & {*BY_FEATURE, *BY_INPUT}:
+            for path in filter(linear.__contains__, (*BY_FEATURE, *BY_INPUT)):  # in one order in all processes
                 by_feature = path in BY_FEATURE
                 plan[path] = ColwiseParallel() if by_feature else RowwiseParallel()
                 prefix = f"{module_name}.{names[id(block)]}.{path}"

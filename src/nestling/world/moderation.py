@@ -13,7 +13,7 @@ from typing import Any
 
 from nestling.core.errors import UserError
 from nestling.core.types import Labelled
-from nestling.world import turns
+from nestling.world import dialogues, turns
 from nestling.world.facts import Facts
 from nestling.world.language import Language, fill, wording
 from nestling.world.streams import Stream
@@ -116,7 +116,7 @@ def _typed(facts: Facts, stream: Stream, text: str) -> str:
 
 
 def _ordinary(facts: Facts, stream: Stream, split: str) -> str:
-    """What a user asks or an assistant answers, of any kind but requests for harm, whose refusals stay."""
-    kind = stream.pick(list(turns.KINDS))
-    exchange = turns.KINDS[kind](facts, stream, split)
-    return exchange.answer if kind == "harmful" or stream.chance(0.5) else exchange.user
+    """What is said in a talk by anyone, in any style and any kind but requests for harm, of which the refusals stay."""
+    kind = stream.pick([kind for kind in dialogues.SHARES if kind != "multi"])
+    said = dialogues.dialogue(facts, stream, split, kind).messages
+    return stream.pick([m.content for m in said if m.content and (kind != "harmful" or m.role == "assistant")])
