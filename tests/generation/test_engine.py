@@ -226,6 +226,15 @@ def test_equal_prompts_share_their_prefill(engine: Engine, monkeypatch: pytest.M
     assert seen == [39, 8]
 
 
+def test_a_model_of_another_dtype_gets_another_cache(tokenizer: Tokenizer) -> None:
+    model = random_model(tokenizer.vocab_size)
+    engine = Engine(model, tokenizer)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        assert engine.generate([Request([1, 2], Sampling(max_tokens=3))])[0].ids
+        assert engine._slots.cache.stored.dtype == dtype
+
+
 def test_admission_while_others_decode(engine: Engine) -> None:
     first = engine.submit(Request([1, 2, 3], Sampling(max_tokens=10), seed=1, stop_ids=NO_STOP))
     for _ in range(4):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys.models import random_model
 
+from nestling.core import native as compiler
 from nestling.generation import native
 from nestling.generation import packed as packed_module
 from nestling.generation.engine import Engine
@@ -79,7 +80,7 @@ def test_any_number_of_rows_and_threads(threads: int) -> None:
     packed, before = pack(model), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for rows in (1, 2, 3, 4, 7, 8, 9, 16, 31):
+        for rows in (1, 2, 3, 4, 7, 8, 9, 16, 31, 45):
             cache = KVCache(model.config, rows=rows)
             ids = tokens(rows, 3, seed=rows)
             steps = [packed.hidden(ids[:, t : t + 1], cache=cache, rows=slice(0, rows)) for t in range(3)]
@@ -115,6 +116,26 @@ def test_nothing_is_written_behind_the_cache() -> None:
         pack(model).hidden(tokens(1, 6), cache=cache, rows=slice(0, 1))
 
 
+@torch.inference_mode()
+def test_a_token_outside_the_vocabulary_is_refused() -> None:
+    model = random_model(ODD_VOCABULARY, head_size=16)
+    for unknown in (-1, ODD_VOCABULARY):
+        cache = KVCache(model.config, rows=1)
+        with pytest.raises(ValueError, match="unknown"):
+            pack(model).hidden(torch.tensor([[5, unknown]]), cache=cache, rows=slice(0, 1))
+        assert cache.lengths.tolist() == [0]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@torch.inference_mode()
+def test_weights_in_bfloat16_are_read_as_they_are(positions: str) -> None:
+    model = random_model(ODD_VOCABULARY, head_size=16, positions=positions).bfloat16()
+    ids, cache = tokens(2, 9), KVCache(model.config, rows=3)
+    found = pack(model, torch.float32).hidden(ids, cache=cache, rows=slice(1, 3))
+    assert cache.lengths.tolist() == [0, 9, 9]
+    torch.testing.assert_close(found, model.float().hidden(ids), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes", [{"window": 8}, {"head_size": 16, "positions": "alibi"}, {"head_size": 16, "block": "post"}]
 )
@@ -127,15 +148,15 @@ def test_without_a_compiler_the_text_is_the_same(tokenizer: Tokenizer, monkeypat
     prompts = [[5, 1], [5, 6] * 10, [7, 8, 9] * 84]  # the last is nearly as long as the context
     asked = [Request(t, Sampling(max_tokens=20, temperature=0.5 * i), i, speculate=4) for i, t in enumerate(prompts)]
     with_it = Engine(model, tokenizer, frozen=True)
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    native._library.cache_clear()
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    compiler.compiled.cache_clear()
     without = Engine(model, tokenizer, frozen=True)
     try:
         texts = [[done.ids for done in without.generate(asked)]]
         assert without._slots.model.native is None
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        compiler.compiled.cache_clear()
     texts.append([done.ids for done in with_it.generate(asked)])
     assert with_it._slots.model.native is not None
     assert texts[0] == texts[1]

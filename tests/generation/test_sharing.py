@@ -6,7 +6,6 @@ import pytest
 import torch
 from toys.models import random_model
 
-from nestling.core.errors import UserError
 from nestling.generation.engine import Engine
 from nestling.generation.packed import PackedDecoder, pack
 from nestling.generation.prefixes import BLOCK, Prefixes
@@ -103,10 +102,9 @@ def test_samples_share_the_prompt_and_have_their_own_randomness(
     model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(model, tokenizer)
-    one = request([1], seed=4, temperature=1)
-    alone = engine.generate([one])[0]
+    alone = engine.generate([request([1], seed=4, temperature=1)])[0]
     seen = computed(monkeypatch)
-    running = engine.submit_samples(one, 5, stream=True)
+    running = [engine.submit(request([1], seed=seed, temperature=1), stream=True) for seed in range(4, 9)]
     while engine.busy:
         engine.step()
     texts = [r.completion.ids for r in running if r.completion is not None]
@@ -114,8 +112,6 @@ def test_samples_share_the_prompt_and_have_their_own_randomness(
     assert len({tuple(text) for text in texts}) == 5
     assert seen[0] == len(SYSTEM)
     assert max(seen[1:]) == 5
-    with pytest.raises(UserError, match="interjection"):
-        engine.submit_samples(Request([1], interject=lambda ids: None), 2)
 
 
 def test_a_system_prompt_is_computed_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

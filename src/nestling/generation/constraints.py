@@ -2,7 +2,7 @@
 
 llguidance turns each into a matcher that says which tokens may come next; here is the bridge to our tokenizer and to the
 rows of the engine. A `Guide` is where one row is in its text; `Guide.allowed` becomes -inf elsewhere before a strategy
-sees the logits (`View.logits`), so every strategy obeys, and a row without a guide is not touched.
+sees the logits (`View.penalised`), so every strategy obeys, and a row without a guide is not touched.
 
 - Control tokens never match text. A Lark grammar may name one: `start: <tool_call> %json {…} </tool_call>`. Where it names
   a stop token, such as `<|im_end|>`, what follows in the grammar holds for what follows a tool's result.

@@ -6,6 +6,7 @@
 // All threads walk through the layers together and meet at barriers; each has its own share of outputs, or of
 // (text, head). Built by native.py with the options of this machine.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -80,15 +81,20 @@ static inline Vec exponential(Vec x) {
 struct Linear { const void* weight; const float* scale; const float* bias; int64_t out, in; };
 struct Norm { const float* weight; const float* bias; double eps; };  // with a bias: layer norm, else RMS norm
 struct Layer { Norm attention_norm, feed_forward_norm, query_norm, key_norm; Linear joint, output, gate, up, down; };
+// `embedding` [vocabulary][D] in bfloat16 (`half`) or float32; of every place: `placed` [D], what is added to it, and `cos` and
+// `sin` [head / 2] of its angles, where the model has any.
 struct Model {
     const Layer* layers;
     Norm norm;
-    int64_t n_layers, d_model, heads, kv_heads, head, ff, kind, activation, threads;
+    const void* embedding;
+    const float *placed, *cos, *sin;
+    int64_t half, vocabulary, n_layers, d_model, heads, kv_heads, head, ff, kind, activation, threads;
 };
-struct Cache { void* stored; int64_t layer, value, row, head, half, capacity; };  // strides in elements, places
+struct Cache { void* stored; int64_t *lengths, rows, capacity, half; };  // stored [L][2][rows][kv_heads][capacity + 1][head]
+// ids [count][width], of which `counts` are valid (all where there are none); `rows` of the cache, or those from `first` on.
+struct Texts { int64_t count, width, at_once, first; const int64_t *ids, *rows, *counts; };
 // One entry per token: the text's row in the cache and the token's place. `several`: a text may have more than one.
-// `cos` and `sin` [places or count][head / 2]: of every place there is (`tables`), or of each token.
-struct Tokens { int64_t count, several, tables; const int64_t* rows; const int64_t* places; const float* cos; const float* sin; };
+struct Tokens { int64_t count, several; const int64_t *rows, *places; };
 
 template <class W, int P, int B>
 static void tile(const W* w, const typename Form<W>::Input* x, int64_t ldx, int64_t in, Vec* y) {
@@ -129,7 +135,7 @@ static void panels(const Linear& m, int64_t first, int64_t last, const typename 
 
 template <class W, int B>
 static void rows(const Linear& m, int64_t first, int64_t last, const typename Form<W>::Input* x, int64_t ldx, float* y, int64_t ldy, bool add) {
-    constexpr int P = B >= 16 ? 1 : B >= 4 ? 2 : 4;
+    constexpr int P = B == 16 ? 1 : B >= 4 ? 2 : 4;
     const int64_t even = first + (last - first) / P * P;
     panels<W, P, B>(m, first, even, x, ldx, y, ldy, add);
     panels<W, 1, B>(m, even, last, x, ldx, y, ldy, add);
@@ -164,6 +170,7 @@ static void linear(const Linear& m, int64_t n, const float* from_x, int64_t ldx,
     for (int64_t from = first; from < last; from += 4) {
         const int64_t to = from + 4 < last ? from + 4 : last;
         int64_t b = 0;
+        for (; b + 24 <= n; b += 12) rows<W, 12>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 16 <= n; b += 16) rows<W, 16>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 8 <= n; b += 8) rows<W, 8>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
         for (; b + 4 <= n; b += 4) rows<W, 4>(m, from, to, x + b * ldx, ldx, y + b * ldy, ldy, add);
@@ -250,11 +257,12 @@ static void attend(const float* q, const KV* keys, const KV* values, const KV* n
     }
 }
 
-template <class KV> struct Place { KV* keys; KV* values; };
+template <class KV> struct Place { KV *keys, *values, *next; };  // the last: keys of the head behind it
 template <class KV>
-static Place<KV> at(const Cache& cache, KV* stored, int64_t row, int64_t g) {
-    KV* keys = stored + row * cache.row + g * cache.head;
-    return {keys, keys + cache.value};
+static Place<KV> at(const Model& m, const Cache& cache, int64_t l, int64_t row, int64_t g) {
+    const int64_t head = (cache.capacity + 1) * m.head, all = cache.rows * m.kv_heads * head;
+    KV* keys = (KV*)cache.stored + 2 * l * all + (row * m.kv_heads + g) * head;
+    return {keys, keys + all, keys + head};
 }
 
 // Norm and turn the queries and the key of one token and key/value head, and store key and value.
@@ -263,12 +271,12 @@ static void remember(const Model& m, const Layer& layer, const Tokens& tokens, i
     const int64_t size = m.head, group = m.heads / m.kv_heads, place = tokens.places[b];
     float* k = joint + (m.heads + g) * size;
     const float* v = joint + (m.heads + m.kv_heads + g) * size;
-    const int64_t angles = (tokens.tables ? place : b) * size / 2;
+    const int64_t angles = place * size / 2;
     for (int64_t h = 0; h <= group; h++) {
         float* x = h < group ? joint + (g * group + h) * size : k;
         const Norm& norm = h < group ? layer.query_norm : layer.key_norm;
         if (norm.weight) normalise(norm, x, x, size);
-        if (tokens.cos) turn(x, tokens.cos + angles, tokens.sin + angles, size);
+        if (m.cos) turn(x, m.cos + angles, m.sin + angles, size);
     }
     for (int64_t i = 0; i < size; i += LANES) {
         store(to.keys + place * size + i, load(k + i), size - i);
@@ -290,20 +298,19 @@ static void walk(const Model& m, const Cache& cache, const Tokens& tokens, float
         std::vector<float> normed(n * d), scores(longest + 1 + LANES), query(m.head + LANES);
         for (int64_t l = 0; l < m.n_layers; l++) {
             const Layer& layer = m.layers[l];
-            KV* stored = (KV*)cache.stored + l * cache.layer;
             for (int64_t b = 0; b < n; b++) normalise(layer.attention_norm, x + b * d, &normed[b * d], d);
             linear<W>(layer.joint, n, normed.data(), d, joint, width, false);
 #pragma omp barrier
             const int64_t first = n * m.kv_heads * me / team, end = n * m.kv_heads * (me + 1) / team;
             const auto mix = [&](int64_t b, int64_t g) {
-                const Place<KV> from = at(cache, stored, tokens.rows[b], g);
+                const Place<KV> from = at<KV>(m, cache, l, tokens.rows[b], g);
                 for (int64_t h = g * group; h < (g + 1) * group; h++)
-                    attend(joint + b * width + h * m.head, from.keys, from.values, from.keys + cache.head, tokens.places[b] + 1,
+                    attend(joint + b * width + h * m.head, from.keys, from.values, from.next, tokens.places[b] + 1,
                            m.head, scores.data(), query.data(), mixed + b * wide + h * m.head);
             };
             for (int64_t t = first; t < end; t++) {
                 const int64_t b = t / m.kv_heads, g = t % m.kv_heads;
-                remember(m, layer, tokens, b, g, at(cache, stored, tokens.rows[b], g), joint + b * width);
+                remember(m, layer, tokens, b, g, at<KV>(m, cache, l, tokens.rows[b], g), joint + b * width);
                 if (!tokens.several) mix(b, g);
             }
             if (tokens.several) {  // a token sees those before it, which other threads may store
@@ -336,21 +343,49 @@ static void any_cache(const Model& m, const Cache& cache, const Tokens& tokens, 
     cache.half ? walk<W, uint16_t>(m, cache, tokens, x, space) : walk<W, float>(m, cache, tokens, x, space);
 }
 
+static void embed(const Model& m, int64_t id, int64_t place, float* x) {
+    const int64_t d = m.d_model;
+    for (int64_t i = 0; i < d; i++) {
+        const uint32_t bits = m.half ? (uint32_t)((const uint16_t*)m.embedding)[id * d + i] << 16 : ((const uint32_t*)m.embedding)[id * d + i];
+        std::memcpy(x + i, &bits, sizeof bits);
+        if (m.placed) x[i] += m.placed[place * d + i];
+    }
+}
+
 extern "C" {
 // Whether bfloat16 comes in pairs (kind 3) on this machine.
 int64_t pairs() { return PAIRS; }
 
-// x [n, D]: embeddings in, outputs of the last layer out; true where a token has no place in the cache, then nothing is done.
-// `space` has room for n * (joint + mixed + 2 * (ff + 16)) numbers.
-int64_t decode(const Model* m, const Cache* cache, const Tokens* tokens, float* x, float* space) {
-    for (int64_t b = 0; b < tokens->count; b++)
-        if (tokens->places[b] < 0 || tokens->places[b] >= cache->capacity) return 1;
-    if (m->kind == 0) any_cache<float>(*m, *cache, *tokens, x, space);
+// y [count, width, D]: outputs of the last layer, zeros at padding; the lengths of the texts' rows grow. True where a token has no
+// place in the cache or in the vocabulary; then nothing is done.
+int64_t decode(const Model* m, const Cache* cache, const Texts* texts, float* y) {
+    static thread_local std::vector<float> memory;  // not made anew, as that would fill it with zeros
+    std::vector<int64_t> from, rows, places;
+    for (int64_t i = 0; i < texts->count; i++) {
+        const int64_t row = texts->rows ? texts->rows[i] : texts->first + i, valid = texts->counts ? texts->counts[i] : texts->width;
+        for (int64_t t = i * texts->width; t < i * texts->width + valid; t++) {
+            const int64_t place = cache->lengths[row] + t - i * texts->width;
+            if (place < 0 || place >= cache->capacity || texts->ids[t] < 0 || texts->ids[t] >= m->vocabulary) return 1;
+            from.push_back(t), rows.push_back(row), places.push_back(place);
+        }
+    }
+    const int64_t d = m->d_model, all = from.size(), width = (2 * m->heads + 2 * m->kv_heads) * m->head + 2 * (m->ff + LANES);
+    if (texts->counts) std::memset(y, 0, texts->count * texts->width * d * sizeof(float));
+    for (int64_t first = 0; first < all; first += texts->at_once) {
+        const int64_t n = std::min(texts->at_once, all - first);
+        if ((int64_t)memory.size() < n * (d + width)) memory.resize(n * (d + width));
+        float *x = memory.data(), *space = x + n * d;
+        for (int64_t b = 0; b < n; b++) embed(*m, texts->ids[from[first + b]], places[first + b], x + b * d);
+        const Tokens tokens = {n, texts->width > 1, &rows[first], &places[first]};
+        if (m->kind == 0) any_cache<float>(*m, *cache, tokens, x, space);
 #ifdef __AVX512BF16__
-    else if (m->kind == 3) any_cache<Pair>(*m, *cache, *tokens, x, space);
+        else if (m->kind == 3) any_cache<Pair>(*m, *cache, tokens, x, space);
 #endif
-    else if (m->kind == 1) any_cache<uint16_t>(*m, *cache, *tokens, x, space);
-    else any_cache<int8_t>(*m, *cache, *tokens, x, space);
+        else if (m->kind == 1) any_cache<uint16_t>(*m, *cache, tokens, x, space);
+        else any_cache<int8_t>(*m, *cache, tokens, x, space);
+        for (int64_t b = 0; b < n; b++) std::memcpy(y + from[first + b] * d, x + b * d, d * sizeof(float));
+    }
+    for (int64_t t = 0; t < all; t++) cache->lengths[rows[t]]++;
     return 0;
 }
 

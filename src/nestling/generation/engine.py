@@ -16,15 +16,13 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestling.core import registry
 from nestling.core.errors import UserError
-from nestling.core.runtime import stream_seed
 from nestling.generation.constraints import Grammars
 from nestling.generation.groups import Group, alternatives, chosen, measure
 from nestling.generation.packed import pack
@@ -117,7 +115,7 @@ class Engine:
                 running.append(self.submit(request))
             with self._computing():
                 while any(r.completion is None for r in running):
-                    self.step()
+                    self._step()
         finally:
             for r in running:
                 self.cancel(r)
@@ -176,21 +174,6 @@ class Engine:
         self._waiting.append((running, stream))
         return running
 
-    def submit_samples(self, request: Request, n: int, *, stream: bool = False) -> list[Running]:
-        """Queue n independent continuations of one prompt, which is computed once.
-
-        The first is what the request alone gives; the others have random streams of their own, derived from its seed.
-
-        Raises:
-            UserError: as `submit`; or a request that interjects, as that is the state of one continuation.
-        """
-        if request.interject is not None and n > 1:
-            raise UserError(
-                "several samples can't share one interjection", where="n", value=n, fix="submit them one by one"
-            )
-        seeds = [request.seed, *(stream_seed(request.seed, "sample", i) for i in range(1, n))]
-        return [self.submit(replace(request, seed=seed), stream=stream) for seed in seeds]
-
     def cancel(self, running: Running) -> None:
         """Give a request up: its rows are free before the next step computes anything. A done one stays as it is."""
         running.cancelled = running.completion is None
@@ -204,14 +187,17 @@ class Engine:
     def step(self) -> list[Running]:
         """One token for every running request; returns those that are now done (cancelled ones included)."""
         with self._computing():
-            done = self._remove_cancelled()
-            self._admit()
-            if self._grouped():
-                self._decode()
-                done += self._remove_finished()
-        return done
+            return self._step()
 
     # ---- parts of a step ----
+
+    def _step(self) -> list[Running]:
+        done = self._remove_cancelled()
+        self._admit()
+        if self._grouped():
+            self._decode()
+            done += self._remove_finished()
+        return done
 
     def _begin_work(self) -> None:
         """Nobody is being served, so the weights may be others than before."""
@@ -252,10 +238,6 @@ class Engine:
         self._slots.fill()
         if before != self._slots.filling:
             self._groups = None
-        for group in self._grouped():
-            for running in group.running:
-                if not running.begun:
-                    self._begin(running, group.strategy)
 
     def _begin(self, running: Running, strategy: Decoding) -> None:
         none = self.model.output_weight.new_zeros(0, self.model.config.d_model)
@@ -265,32 +247,33 @@ class Engine:
     def _decode(self) -> None:
         """A token for every row that is ready, and more where proposals are taken."""
         groups = self._grouped()
-        proposals = self._speculation.propose([r for group in groups if group.strategy.rows == 1 for r in group.running],
-                                              self._banned)  # fmt: skip
+        wanting = [running for group in groups for running in group.running if running.request.speculate]
+        proposals = self._speculation.propose(wanting, self._banned)
         hidden = self._slots.decode({r.rows[0].slot: proposal.tokens for r, proposal in proposals.items()})  # [N, T, D]
         raw = self._slots.model.unembed(hidden).float()  # [N, T, V]
         for place in range(hidden.shape[1]):
             going: list[Running] = []
             for group in self._split(groups, proposals, place) if proposals else groups:
-                going += self._advance(group, raw[:, place], hidden[:, place], place)
+                going += self._advance(group, raw, hidden, place)
             groups = self._group(going) if going else []
 
     def _advance(self, group: Group, raw: Tensor, hidden: Tensor, place: int) -> list[Running]:
-        """raw [N, V] and hidden [N, D] of all rows -> a token for every row of the group; who goes on at once."""
-        raw = group.pick(raw)
-        logits = raw if self._banned is None else raw.index_fill(2, self._banned, -torch.inf)
-        view = View(group.running, logits, group.pick(hidden), group.columns)
+        """raw [N, T, V] and hidden [N, T, D] of all rows -> a token for every row of the group; who goes on at once."""
+        logits = group.pick(raw, place)
+        measured = measure(logits, group.parameters)
+        if self._banned is not None:
+            logits.index_fill_(2, self._banned, -torch.inf)  # in place: everybody has rows of his own
+        view = View(group.parameters, logits, lambda: group.pick(hidden, place))
         taken: list[bool] = []
         if group.proposals:
             decided, accepted = self._speculation.decide(view, group.proposals, place)
             tokens, taken = decided.unsqueeze(1), accepted.tolist()
-            parents = torch.zeros_like(tokens)
+            parents = view.own
         else:
             parents, tokens = group.strategy.advance(view)
-        measured = measure(raw, view)
         logprobs = chosen(measured, parents, tokens)
-        tops = alternatives(measured, view, parents)
-        self._accept(group, parents.tolist(), tokens.tolist(), logprobs.tolist(), tops)
+        tops = alternatives(measured, group.parameters, parents)
+        self._accept(group, parents, tokens.tolist(), logprobs.tolist(), tops)
         return [r for r, is_taken in zip(group.running, taken, strict=False) if is_taken and _goes_on(r)]
 
     def _split(self, groups: list[Group], proposals: dict[Running, Proposal], place: int) -> list[Group]:
@@ -298,15 +281,13 @@ class Engine:
         parts: list[Group] = []
         for group in groups:
             some = [r for r in group.running if r in proposals and place < len(proposals[r].tokens)]
-            parts += self._group(some)
-            if some:
-                parts[-1].proposals = [proposals[r] for r in some]
+            parts += self._group(some, [proposals[r] for r in some])
             proposed = set(some)
             parts += self._group([r for r in group.running if r not in proposed])
         return parts
 
     def _accept(
-        self, group: Group, parents: Table, tokens: Table, logprobs: list[list[float]], tops: list[list[Alternatives]]
+        self, group: Group, parents: Tensor, tokens: Table, logprobs: list[list[float]], tops: list[list[Alternatives]]
     ) -> None:
         """Carry out what a strategy decided for its requests."""
         if group.strategy.rows == 1:
@@ -314,7 +295,7 @@ class Engine:
                 running.append(running.rows[0], token, logprob, top)
             return
         moves: list[tuple[int, Running, Row]] = []
-        for running, origin in zip(group.running, parents, strict=True):
+        for running, origin in zip(group.running, parents.tolist(), strict=True):
             slots = [row.slot for row in running.rows]
             rows = [running.rows[parent].fork(slot) for parent, slot in zip(origin, slots, strict=True)]
             moves += [(slots[parent], running, row) for parent, row in zip(origin, rows, strict=True)]
@@ -325,11 +306,8 @@ class Engine:
                 _extend(running, row, token, logprob, top)
 
     def _remove_finished(self) -> list[Running]:
-        done: list[Running] = []
-        for group in self._grouped():
-            for running in group.running:
-                if all(row.finish is not None for row in running.rows):
-                    done.append(running)
+        live = [running for group in self._grouped() for running in group.running]
+        done = [running for running in live if None not in [row.finish for row in running.rows]]
         if self.frozen:
             for running in done:
                 self._slots.keep(running)
@@ -350,17 +328,20 @@ class Engine:
         """The live requests by strategy, made anew when somebody came or went."""
         if self._groups is None:
             live = dict.fromkeys(running for running, _ in self._slots.table)
-            self._groups = self._group([running for running in live if running not in self._slots.filling])
+            groups = self._group([running for running in live if running not in self._slots.filling])
+            for group in groups:
+                for running in group.running:
+                    if not running.begun:
+                        self._begin(running, group.strategy)
+            self._groups = groups
         return self._groups
 
-    def _group(self, live: Sequence[Running]) -> list[Group]:
-        groups: dict[int, Group] = {}
+    def _group(self, live: Sequence[Running], proposals: Sequence[Proposal] = ()) -> list[Group]:
+        parts: dict[Decoding, list[Running]] = {}
         for running in live:
-            strategy = self._strategy(running.sampling)
-            groups.setdefault(id(strategy), Group(strategy)).running.append(running)
-        for group in groups.values():
-            group.locate(self.model.output_weight.device)
-        return list(groups.values())
+            parts.setdefault(self._strategy(running.sampling), []).append(running)
+        device = self.model.output_weight.device
+        return [Group(strategy, part, device, proposals) for strategy, part in parts.items()]
 
     def _strategy(self, sampling: Sampling) -> Decoding:
         key = sampling.strategy + (json.dumps(sampling.options, sort_keys=True) if sampling.options else "")
@@ -387,14 +368,16 @@ class Engine:
     def _computing(self) -> Iterator[None]:
         """No gradients, no dropout, the engine's own precision; the modules' modes are put back as they were."""
         training = [module for module in self.model.modules() if module.training] if self.model.training else []
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode())
-            if self.dtype is not None and not self.frozen:
-                stack.enter_context(torch.autocast(self.model.output_weight.device.type, dtype=self.dtype))
+        rounded = self.dtype is not None and not self.frozen
+        autocast = torch.autocast(self.model.output_weight.device.type, self.dtype) if rounded else nullcontext()
+        with torch.inference_mode(), autocast:
             if training:
-                stack.callback(_set_training, training)
                 self.model.eval()
-            yield
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
 
 
 def _goes_on(running: Running) -> bool:
@@ -438,8 +421,3 @@ def _state(model: Decoder) -> tuple[object, ...]:
     weights = list(model.parameters())
     sums = torch.stack([weight.detach().flatten()[::PROBED].double().sum() for weight in weights])
     return (*sums.tolist(), *((id(weight), weight.device) for weight in weights))
-
-
-def _set_training(modules: list[nn.Module]) -> None:
-    for module in modules:
-        module.training = True

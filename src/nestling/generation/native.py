@@ -8,32 +8,22 @@ Where something is missing, `build` returns None and torch goes on computing; bo
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 from ctypes import Structure, byref, c_double, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from nestling.core.native import compiled
 from nestling.model.attention import Attention
 from nestling.model.block import PreNormBlock
 from nestling.model.cache import KVCache
 from nestling.model.decoder import Decoder
 from nestling.model.feed_forward import FeedForward, GatedFeedForward
 from nestling.model.norms import LayerNorm, RMSNorm
-from nestling.model.positions import RotaryPositions
+from nestling.model.positions import Positions
 
 SOURCE = "decode.cpp"
-# Not -ffast-math: linked with it, a library turns off subnormal numbers for the whole process when it is loaded.
-OPTIONS = (
-    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-    "-freciprocal-math", "-fopenmp", "-shared", "-fPIC",
-)  # fmt: skip
-COMPILERS = ("g++", "clang++", "c++")
 LANES = 16
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 PAIRS = 3
@@ -44,13 +34,7 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu_squared": 3}
 
 
 class _Linear(Structure):
-    _fields_ = [
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
-    ]
+    _fields_ = [*((name, c_void_p) for name in ("weight", "scale", "bias")), ("outputs", c_int64), ("inputs", c_int64)]
 
 
 class _Norm(Structure):
@@ -64,24 +48,31 @@ class _Layer(Structure):
     ]
 
 
-_SIZES = ("n_layers", "d_model", "heads", "kv_heads", "head", "ff", "kind", "activation", "threads")
+_SIZES = (
+    "half", "vocabulary", "n_layers", "d_model", "heads", "kv_heads", "head", "ff", "kind", "activation", "threads",
+)  # fmt: skip
 
 
 class _Model(Structure):
-    _fields_ = [("layers", c_void_p), ("norm", _Norm), *((name, c_int64) for name in _SIZES)]
+    _fields_ = [
+        ("layers", c_void_p),
+        ("norm", _Norm),
+        *((name, c_void_p) for name in ("embedding", "placed", "cos", "sin")),
+        *((name, c_int64) for name in _SIZES),
+    ]
 
 
 class _Cache(Structure):
     _fields_ = [
-        ("stored", c_void_p),
-        *((name, c_int64) for name in ("layer", "value", "row", "head", "half", "capacity")),
+        *((name, c_void_p) for name in ("stored", "lengths")),
+        *((name, c_int64) for name in ("rows", "capacity", "half")),
     ]
 
 
-class _Tokens(Structure):
+class _Texts(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("count", "several", "tables")),
-        *((name, c_void_p) for name in ("rows", "places", "cos", "sin")),
+        *((name, c_int64) for name in ("count", "width", "at_once", "first")),
+        *((name, c_void_p) for name in ("ids", "rows", "counts")),
     ]
 
 
@@ -96,86 +87,63 @@ class Native:
 
     def __init__(self, library: ctypes.CDLL, model: Decoder, dtype: torch.dtype) -> None:
         config = model.config
-        self._library, self._dtype, self._source = library, dtype, model
+        self._library, self._dtype = library, dtype
+        library.decode.argtypes = [c_void_p] * 4
+        library.project.argtypes = [c_void_p, *[c_int64] * 3, *[c_void_p] * 2]
         even = config.d_model % 2 == config.ff % 2 == 0
         self._kind = PAIRS if dtype == torch.bfloat16 and even and library.pairs() else KINDS[dtype]
         self._kept: list[object] = []  # what the pointers below point to
         layers = (_Layer * config.n_layers)(*(self._layer(block) for block in model.blocks))
         self._kept.append(layers)
-        width = (config.n_heads + 2 * config.kv_heads) * config.head
-        self._space = width + config.n_heads * config.head + 2 * (config.ff + LANES)
+        embedding = model.embedding.weight.detach().contiguous()
+        half = embedding.dtype == torch.bfloat16
+        embedding = embedding if half else embedding.float()
+        self._kept.append(embedding)  # no copy: the memory is the model's where it can be
         sizes = (
-            config.n_layers, config.d_model, config.n_heads, config.kv_heads, config.head, config.ff,
-            self._kind, ACTIVATIONS[config.activation], torch.get_num_threads(),
+            half, config.vocab_size, config.n_layers, config.d_model, config.n_heads, config.kv_heads, config.head,
+            config.ff, self._kind, ACTIVATIONS[config.activation],
         )  # fmt: skip
-        self._model = _Model(ctypes.addressof(layers), self._norm(model.norm), *sizes)
+        tables = embedding.data_ptr(), *self._tables(model.positions, config.context)
+        self._model = _Model(ctypes.addressof(layers), self._norm(model.norm), *tables, *sizes)
         self._output = self._linear(model.output_weight, None)
 
-    def hidden(self, ids: Tensor, rows: Tensor, counts: Tensor | None, cache: KVCache) -> Tensor:
+    def hidden(self, ids: Tensor, rows: Tensor | slice, counts: Tensor | None, cache: KVCache) -> Tensor:
         """The next tokens of N rows of a cache: outputs [N, T, D]; those at padding are zero.
 
-        Keys and values are stored behind those that the rows have; the cache's lengths are left to the caller. Angles that
-        follow from a text's length are those of each token's own place, as if the tokens came one by one.
+        Keys and values are stored behind those that the rows have, whose lengths grow. Angles that follow from a text's
+        length are those of each token's own place, as if the tokens came one by one.
 
         Args:
             ids: [N, T], right-padded.
-            rows: [N] of the cache, all different.
+            rows: [N] of the cache, all different; or consecutive ones.
             counts: [N] valid tokens of each row; all of them when not given.
         """
-        n, t = ids.shape
-        places = cache.lengths[rows]
-        if t == 1:
-            return self._walk(ids.view(n), rows, places, cache).view(n, 1, -1)
-        every = torch.arange(t).expand(n, t)
-        valid = torch.ones_like(every, dtype=torch.bool) if counts is None else every < counts.unsqueeze(1)
-        outputs = torch.zeros(n, t, self._source.config.d_model)
-        rows, places = rows.unsqueeze(1).expand(n, t)[valid], (places.unsqueeze(1) + every)[valid]
-        parts = zip(ids[valid].split(AT_ONCE), rows.split(AT_ONCE), places.split(AT_ONCE), strict=True)
-        outputs[valid] = torch.cat([self._walk(*part, cache, several=True) for part in parts])
+        ids, outputs = ids.contiguous(), torch.empty(*ids.shape, self._model.d_model)
+        self._model.threads = torch.get_num_threads()
+        half = cache.stored.dtype == torch.bfloat16
+        held = _Cache(cache.stored.data_ptr(), cache.lengths.data_ptr(), cache.rows, cache.capacity, half)
+        first, chosen = (rows.start or 0, None) if isinstance(rows, slice) else (0, rows.data_ptr())
+        valid = None if counts is None else counts.data_ptr()
+        texts = _Texts(*ids.shape, AT_ONCE, first, ids.data_ptr(), chosen, valid)
+        if self._library.decode(byref(self._model), byref(held), byref(texts), outputs.data_ptr()):
+            raise ValueError("a row of the cache is full, or a token unknown")
         return outputs
 
-    def _walk(self, ids: Tensor, rows: Tensor, places: Tensor, cache: KVCache, several: bool = False) -> Tensor:
-        """Tokens, M ids in the order of their texts, at these rows and places [M] of the cache: outputs [M, D].
-
-        Args:
-            several: a text may have more than one.
-        """
-        model, count = self._source, len(places)
-        x = model.embedding(ids).float()
-        if not isinstance(model.positions, RotaryPositions) and (placed := model.positions.embed(places)) is not None:
-            x = x + placed
-        space = torch.empty(count * self._space)
-        layer, value, row, head, _, _ = cache.stored.stride()
-        half, capacity = int(cache.stored.dtype == torch.bfloat16), cache.stored.shape[4]
-        held = _Cache(cache.stored.data_ptr(), layer, value, row, head, half, capacity)
-        tables, cos, sin = self._angles(places)
-        tokens = _Tokens(count, int(several), tables, rows.data_ptr(), places.data_ptr(), _pointer(cos), _pointer(sin))
-        self._model.threads = torch.get_num_threads()
-        pointers = c_void_p(x.data_ptr()), c_void_p(space.data_ptr())
-        if self._library.decode(byref(self._model), byref(held), byref(tokens), *pointers):
-            raise ValueError("a row of the cache is full")
-        return x
-
-    def _angles(self, places: Tensor) -> tuple[int, Tensor | None, Tensor | None]:
-        """(1, cos, sin) of every place, where the model keeps them, or (0, cos, sin) of these."""
-        positions = self._source.positions
-        if isinstance(positions, RotaryPositions):
-            return 1, positions.cos, positions.sin
-        rotation = positions.rotation(places.unsqueeze(1), places + 1)
-        if rotation is None:
-            return 0, None, None
-        cos, sin = (part.expand(len(places), 1, 1, -1).contiguous() for part in rotation)
-        return 0, cos, sin
-
     def unembed(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> logits [N, V] float32."""
-        hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), self._output.outputs)
+        """[.., D] -> logits [.., V] float32."""
+        hidden, width = hidden.contiguous(), self._output.outputs
+        logits = torch.empty(*hidden.shape[:-1], width)
         self._library.project(
-            byref(self._output), c_int64(self._kind), c_int64(torch.get_num_threads()), c_int64(len(hidden)),
-            c_void_p(hidden.data_ptr()), c_void_p(logits.data_ptr()),
+            byref(self._output), self._kind, torch.get_num_threads(), logits.numel() // width, hidden.data_ptr(),
+            logits.data_ptr(),
         )  # fmt: skip
         return logits
+
+    def _tables(self, positions: Positions, context: int) -> list[int | None]:
+        """Of every place: what is added to an embedding [D], cos and sin of the angles [head / 2]; None where there is none."""
+        places = torch.arange(context).unsqueeze(1)
+        cos, sin = positions.rotation(places, places[:, 0] + 1) or (None, None)
+        return [self._keep(None if t is None else t.float()) for t in (positions.embed(places), cos, sin)]
 
     def _layer(self, block: nn.Module) -> _Layer:
         assert isinstance(block, PreNormBlock)
@@ -247,27 +215,8 @@ def supports(model: Decoder) -> bool:
     return model.output_weight.device.type == "cpu" and plain and sees_all
 
 
-@cache
 def _library() -> ctypes.CDLL | None:
-    """decode.cpp compiled for this machine; None when there is no compiler or it fails."""
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return None
-    source = Path(__file__).with_name(SOURCE)
-    try:
-        macros = subprocess.run(
-            [compiler, "-march=native", "-E", "-dM", "-x", "c++", os.devnull], capture_output=True, check=True
-        ).stdout  # name the compiler's version and the machine's instructions
-        key = hashlib.sha256(macros + source.read_bytes() + repr(OPTIONS).encode()).hexdigest()[:16]
-        path = Path.home() / ".cache" / "nestling" / f"decode-{key}.so"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            subprocess.run([compiler, *OPTIONS, str(source), "-o", str(temporary)], capture_output=True, check=True)
-            temporary.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):
-        return None
+    return compiled(Path(__file__).with_name(SOURCE))
 
 
 def _heads(values: Tensor, order: Tensor) -> Tensor:
@@ -279,7 +228,3 @@ def _padded(values: Tensor) -> Tensor:
     """Zeros behind the last output, up to a whole panel."""
     missing = -len(values) % LANES
     return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

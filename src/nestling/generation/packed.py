@@ -80,19 +80,16 @@ class PackedDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.hidden`. A few tokens of each text, for rows of a cache, go the native way."""
         few = (ids.numel() if self.matrix_units else ids.shape[1]) <= NATIVE_TOKENS
-        ragged = self.positions.reads_lengths and ids.shape[1] > 1 and not isinstance(rows, slice)  # see `Native.hidden`
+        ragged = not isinstance(rows, slice) and ids.shape[1] > 1 and self.positions.reads_lengths  # `Native.hidden`
         if self.native is None or cache is None or not few or ragged or positions is not None or segments is not None:
             return super().hidden(ids, positions=positions, segments=segments, cache=cache, rows=rows, counts=counts)
-        chosen = torch.arange(cache.rows)[slice(None) if rows is None else rows]
-        outputs = self.native.hidden(ids, chosen, counts, cache)
-        cache.lengths[chosen] += ids.shape[1] if counts is None else counts
-        return outputs
+        return self.native.hidden(ids, slice(None) if rows is None else rows, counts, cache)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """[.., D] -> logits [.., V]"""
         if self.native is None or hidden.numel() > NATIVE_TOKENS * hidden.shape[-1]:
             return self.output(hidden)
-        return self.native.unembed(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        return self.native.unembed(hidden)
 
 
 class Int8Linear(nn.Module):

@@ -157,27 +157,26 @@ class Watch:
         return 0
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """One continuation of a request's prompt, in one row of the cache."""
 
-    __slots__ = ("cached", "count", "finish", "guide", "ids", "logprobs", "sampled", "score", "slot", "tops", "watch")
-
-    def __init__(self, slot: int, watch: Watch | None) -> None:
-        self.slot = slot
-        self.cached = 0  # tokens of prompt + ids that the cache holds
-        self.ids: list[int] = []
-        self.sampled: list[bool] = []
-        self.logprobs: list[float] = []
-        self.tops: list[Alternatives] = []  # of each token, where the request asks for them
-        self.count = 0  # sampled tokens
-        self.score = 0.0  # their summed log-probability
-        self.finish: str | None = None
-        self.guide: Guide | None = None  # where it is in the text that the request's constraint describes
-        self.watch = watch
+    slot: int
+    watch: Watch | None
+    left: int = 0  # how many more tokens there may be
+    cached: int = 0  # tokens of prompt + ids that the cache holds
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[Alternatives] = field(default_factory=list)  # of each token, where the request asks for them
+    count: int = 0  # sampled tokens
+    score: float = 0.0  # their summed log-probability
+    finish: str | None = None
+    guide: Guide | None = None  # where it is in the text that the request's constraint describes
 
     def fork(self, slot: int) -> Row:
         """A copy that lives in another cache row; rows that fork have no watch (see `Running`)."""
-        row = Row(slot, None)
+        row = Row(slot, None, self.left)
         row.cached, row.count, row.score, row.finish = self.cached, self.count, self.score, self.finish
         row.ids, row.sampled, row.logprobs = self.ids[:], self.sampled[:], self.logprobs[:]
         row.tops = self.tops[:]
@@ -199,7 +198,7 @@ class Running:
         self.width, self.capacity = width, capacity  # rows of the request, tokens of a row
         self.prompt = list(request.ids)
         self._begins = self.prompt[-1] in tokenizer.special.values()  # else what is written goes on with a text
-        self.sampling = request.sampling
+        self.sampling, self.stops, self.interject = request.sampling, request.sampling.stop, request.interject
         self.noise = Noise(request.seed)
         self.rows: list[Row] = []
         self.memory: Any = None
@@ -215,8 +214,9 @@ class Running:
 
     def start(self, stream: bool) -> None:
         """Make the rows; the caller gives them their slots."""
-        watched = self.width == 1 and (stream or bool(self.sampling.stop))
-        self.rows = [Row(-1, self._new_watch() if watched else None) for _ in range(self.width)]
+        watched = self.width == 1 and (stream or bool(self.stops))
+        left = min(self.sampling.max_tokens, self.capacity - len(self.prompt))
+        self.rows = [Row(-1, self._new_watch() if watched else None, left) for _ in range(self.width)]
         for row in self.rows:
             row.guide = self.guide and self.guide.copy()
 
@@ -234,20 +234,21 @@ class Running:
         row.ids.append(token)
         row.sampled.append(True)
         row.logprobs.append(logprob)
-        if self.sampling.top_logprobs:
+        if top:
             row.tops.append(top)
         row.count += 1
+        row.left -= 1
         row.score += logprob
         if row.guide is not None:
             row.finish = row.guide.push(token)
         if token in self.stop_ids:
             row.finish = "stop"
-        elif self._completes_stop_text(row):
+        elif (row.watch is not None or self.stops) and self._completes_stop_text(row):
             row.finish = "stop"
             return
-        if self.request.interject is not None and row.count < self.sampling.max_tokens:
-            self._interject(row, self.request.interject)
-        if row.finish is None and (row.count >= self.sampling.max_tokens or self.length(row) >= self.capacity):
+        if self.interject is not None and row.count < self.sampling.max_tokens:
+            self._interject(row, self.interject)
+        if row.finish is None and row.left <= 0:
             row.finish = "length"
 
     def drop(self, row: Row) -> None:
@@ -286,7 +287,7 @@ class Running:
     def _completes_stop_text(self, row: Row) -> bool:
         if row.watch is not None:
             return row.watch.push(row.ids[-1], log=_log(row, len(row.ids) - 1))
-        return bool(self.sampling.stop) and self._read(row)[1]
+        return self._read(row)[1]
 
     def _interject(self, row: Row, interject: Interject) -> None:
         """Force the tokens that the request asks for now; they may revive a row that a stop token has just ended."""
@@ -302,13 +303,14 @@ class Running:
             row.watch.force(forced)
         row.finish = None
         row.ids += forced
+        row.left = min(row.left, self.capacity - self.length(row))
         row.sampled += [False] * len(forced)
         row.logprobs += [0.0] * len(forced)
         if self.sampling.top_logprobs:
             row.tops += [()] * len(forced)
 
     def _new_watch(self) -> Watch:
-        return Watch(self.tokenizer, self.sampling.stop, self._begins)
+        return Watch(self.tokenizer, self.stops, self._begins)
 
     def _read(self, row: Row) -> tuple[Watch, bool]:
         """The text of a row from its beginning, and whether a stop text ends it."""

@@ -6,10 +6,11 @@ with one token more than that is ready to decode; one with more is filled first,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,9 +74,9 @@ class Slots:
     @property
     def cache(self) -> KVCache:
         """Allocated when first needed, on the model's device; shared beginnings live beside it."""
-        weight = self.model.output_weight
-        dtype = self.dtype or weight.dtype
-        if self._cache is None or self._cache.stored.dtype != dtype or self._cache.device != weight.device:
+        if self._cache is None:
+            weight = self.model.output_weight
+            dtype = self.dtype or weight.dtype
             self._cache = KVCache(self.model.config, self.rows, self.capacity, weight.device, dtype)
             kept = 4 * self.capacity if self.limits.prefixes is None else self.limits.prefixes
             self._prefixes = Prefixes(self._cache, kept) if kept else None
@@ -87,8 +88,11 @@ class Slots:
         return self._prefixes if self.cache else None
 
     def forget(self) -> None:
-        """The weights may have changed: nothing computed before now is reused."""
-        if self._prefixes is not None:
+        """The weights may be others, of another dtype, on another device: nothing computed before now is reused."""
+        weight, cache = self.model.output_weight, self._cache
+        if cache is not None and (cache.stored.dtype, cache.device) != (self.dtype or weight.dtype, weight.device):
+            self._cache = None
+        elif self._prefixes is not None:
             self._prefixes.clear()
 
     def take(self, running: Running, row: Row) -> None:
@@ -188,25 +192,20 @@ class Slots:
         return text[: 1 + row.cached + BLOCK] if shared else text
 
     def _prefill(self, work: list[_Chunk]) -> None:
-        """Append tokens to rows, right-padded to the longest."""
-        cache = self._set_lengths()
-        counts = [len(chunk.tokens) for chunk in work]
-        ids = torch.zeros(len(work), max(counts), dtype=torch.long)
-        for i, chunk in enumerate(work):
-            ids[i, : counts[i]] = torch.tensor(chunk.tokens)
+        """Append tokens to rows."""
         rows = torch.tensor([chunk.row.slot for chunk in work])
-        hidden = self.model.hidden(ids.to(cache.device), cache=cache, rows=rows, counts=torch.tensor(counts))
+        hidden = self._append([chunk.tokens for chunk in work], rows)
         for i, (running, row, tokens) in enumerate(work):
             in_prompt = row.cached < len(running.prompt)
             row.cached += len(tokens)
             if in_prompt and running.reads_prompt:
-                running.outputs.append(hidden[i, : counts[i]])
+                running.outputs.append(hidden[i, : len(tokens)])
             elif in_prompt and self.prefixes is not None:
                 self.prefixes.store(running.prompt[: row.cached], row.slot)
 
     # ---- one token ----
 
-    def decode(self, proposals: dict[int, list[int]] | None = None) -> Tensor:
+    def decode(self, proposals: Mapping[int, list[int]] = {}) -> Tensor:
         """The last token of each row in the table, and what is proposed behind it, through the model: hidden [N, T, D].
 
         Args:
@@ -218,28 +217,28 @@ class Slots:
         """
         ready: list[Row] = []
         texts: list[list[int]] = []
-        for slot, (running, row) in enumerate(self.table):
-            length = running.length(row)
-            texts.append([0])
-            if row.cached >= length - 1:
-                row.cached = length - 1
-                texts[-1] = [row.ids[-1] if row.ids else running.prompt[-1]]
+        for running, row in self.table:
+            last = running.length(row) - 1
+            if row.cached >= last:
+                row.cached = last
                 ready.append(row)
-            if proposals:
-                texts[-1] += proposals.get(slot, [])
-        hidden = self._append(texts, self._set_lengths())
+                texts.append([row.ids[-1] if row.ids else running.prompt[-1]])
+            else:
+                texts.append([0])
+        for slot, proposed in proposals.items():
+            texts[slot] += proposed
+        hidden = self._append(texts, slice(0, len(texts)))
         for row in ready:
             row.cached += 1
         return hidden
 
-    def _append(self, texts: list[list[int]], cache: KVCache) -> Tensor:
-        """These tokens through the model, one list for each row of the table."""
-        rows, width = slice(0, len(texts)), max(map(len, texts))
-        counts = None
+    def _append(self, texts: list[list[int]], rows: Tensor | slice) -> Tensor:
+        """These tokens through the model, one list for each of these rows, right-padded to the longest."""
+        cache, width, counts = self._set_lengths(), max(map(len, texts)), None
         if width > 1:
             counts = torch.tensor([len(text) for text in texts])
             texts = [text + [0] * (width - len(text)) for text in texts]
-        ids = torch.tensor(texts).to(cache.device)
+        ids = torch.from_numpy(np.array(texts)).to(cache.device)
         return self.model.hidden(ids, cache=cache, rows=rows, counts=counts)
 
     def _copy(self, parents: list[int], rows: list[int]) -> None:
@@ -248,7 +247,7 @@ class Slots:
     def _set_lengths(self) -> KVCache:
         """The cache, told how much of each row is valid; what the host knows is what counts."""
         cache = self.cache
-        cache.lengths[: len(self.table)] = torch.tensor([row.cached for _, row in self.table])
+        cache.lengths.numpy()[: len(self.table)] = [row.cached for _, row in self.table]
         return cache
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from nestling.core.errors import UserError
 from nestling.generation import filters
-from nestling.generation.sequence import Row, Running
-from nestling.generation.strategy import View
+from nestling.generation.sequence import Running
+from nestling.generation.strategy import Parameters, View
 from nestling.model.cache import KVCache
 from nestling.model.decoder import Decoder
 
@@ -141,7 +141,7 @@ class Draft:
         logits = self._model.unembed(last).float()
         if banned is not None:
             logits = logits.index_fill(2, banned, -torch.inf)
-        view = View(going, logits, last, {})
+        view = View(Parameters(going, logits.device), logits, lambda: last)
         q = distribution(view)
         tokens = filters.draw(q.log(), view.uniforms()).tolist()
         return list(zip(going, tokens, q, strict=True))
@@ -190,7 +190,8 @@ class Speculation:
 
     def propose(self, running: Sequence[Running], banned: Tensor | None) -> dict[Running, Proposal]:
         """Proposals for those of these requests that are ready to decode and have room for some."""
-        asked = [(r, count) for r in running if r.request.speculate and (count := _room(r, r.rows[0])) > 0]
+        rooms = [(r, min(r.request.speculate, r.rows[0].left - 1)) for r in running]  # the last one is the model's own
+        asked = [(r, count) for r, count in rooms if count > 0]
         if not asked:
             return {}
         if self._draft is not None:
@@ -235,9 +236,3 @@ def check_draft(draft: Decoder, vocabulary: int) -> None:
             "the draft model has another vocabulary", where="draft", value=draft.config.vocab_size,
             fix=f"use a model with the same tokenizer, {vocabulary} tokens",
         )  # fmt: skip
-
-
-def _room(running: Running, row: Row) -> int:
-    """How many proposals can be used: one more token always comes from the model itself."""
-    left = min(running.sampling.max_tokens - row.count, running.capacity - running.length(row))
-    return min(running.request.speculate, left - 1)

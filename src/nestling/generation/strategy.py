@@ -11,7 +11,7 @@ A new strategy is one new file in generation/strategies with a class `Strategy(D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 from typing import Any, ClassVar
@@ -29,45 +29,82 @@ KEEP = -1
 """Token of a row that has ended and stays as it is."""
 DROP = -2
 """Token of a row that holds nothing worth following."""
+NEUTRAL = Sampling()
+"""Asks for nothing that would change a distribution."""
+MOVING = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
+"""What moves logits before they are shaped."""
+
+
+class Parameters:
+    """What G requests ask for, read once: the fields (and properties) of their `Sampling`.
+
+    `own` [G, R] are the parents where every row goes on by itself.
+    """
+
+    def __init__(self, requests: Sequence[Running], device: torch.device) -> None:
+        self.requests, self._device = requests, device
+        self._values: dict[str, list[Any]] = {}
+        self._columns: dict[str, Tensor] = {}
+        self.own = torch.arange(requests[0].width, device=device).expand(len(requests), -1)
+        self._asked: dict[tuple[str, ...], bool] = {}
+
+    def values(self, name: str) -> list[Any]:
+        """[G] the field `name` of every request."""
+        if name not in self._values:
+            self._values[name] = [getattr(running.sampling, name) for running in self.requests]
+        return self._values[name]
+
+    def column(self, name: str) -> Tensor:
+        """The same as a tensor [G]."""
+        if name not in self._columns:
+            self._columns[name] = torch.tensor(self.values(name), device=self._device)
+        return self._columns[name]
+
+    def asked(self, *names: str) -> bool:
+        """Whether a request gives one of these fields a value that changes something."""
+        if names not in self._asked:
+            self._asked[names] = any(value != getattr(NEUTRAL, name) for name in names for value in self.values(name))
+        return self._asked[names]
+
+    def bias(self, vocabulary: int) -> Tensor:
+        """[G, V] what the requests add to logits."""
+        if "logit_bias" not in self._columns:
+            bias = torch.zeros(len(self.requests), vocabulary)
+            for g, added in enumerate(self.values("logit_bias")):
+                for token, value in added.items():
+                    bias[g, token] = value
+            self._columns["logit_bias"] = bias.to(self._device)
+        return self._columns["logit_bias"]
 
 
 class View:
     """What a strategy sees of its G requests with R rows each, at one step. All tensors are on the model's device.
 
-    `hidden` [G, R, D] is what the logits were computed from. There are three levels of logits [G, R, V], float32:
-    `logits` are the model's, with what may not be written now at -inf; `penalised` also has the penalties and the bias;
-    `shaped` is the distribution that the request wants to be sampled from.
+    There are two levels of logits [G, R, V], float32: `penalised` are the model's with the requests' penalties and bias, and
+    -inf for what may not be written; `shaped` is the distribution that the request wants to be sampled from.
     """
 
-    def __init__(self, requests: Sequence[Running], logits: Tensor, hidden: Tensor, columns: dict[str, Tensor]) -> None:
-        self.requests, self.hidden = requests, hidden
-        self._raw, self._columns = logits, columns
-        self._rows = [row for running in requests for row in running.rows]
-
-    def column(self, name: str) -> Tensor:
-        """The field `name` of every request's `Sampling`, [G]."""
-        if name not in self._columns:
-            values = [getattr(running.request.sampling, name) for running in self.requests]
-            self._columns[name] = torch.tensor(values, device=self._raw.device)
-        return self._columns[name]
+    def __init__(self, parameters: Parameters, logits: Tensor, hidden: Callable[[], Tensor]) -> None:
+        self.parameters, self.requests, self.own = parameters, parameters.requests, parameters.own
+        self._raw, self._hidden = logits, hidden
 
     @cached_property
-    def logits(self) -> Tensor:
-        """[G, R, V] the model's, with -inf where a token may not be written: never, not yet, or by the constraint."""
-        return self._forbid(self._raw)
+    def hidden(self) -> Tensor:
+        """[G, R, D] what the logits were computed from."""
+        return self._hidden()
 
     @cached_property
     def penalised(self) -> Tensor:
-        """[G, R, V] `logits` with the requests' penalties and bias."""
-        moving = ("repetition_penalty", "frequency_penalty", "presence_penalty", "logit_bias")
-        return self._forbid(self._moved()) if any(map(self._asked, moving)) else self.logits
+        """[G, R, V] what moves logits applied, and -inf where a token may not be written: never, not yet, by a constraint."""
+        logits = self._moved() if self.parameters.asked(*MOVING) else self._raw
+        return self._forbid(logits) if self.parameters.asked("min_tokens", "constraint") else logits
 
     @cached_property
     def shaped(self) -> Tensor:
         """[G, R, V] `penalised` after temperature and the filters that at least one request asks for."""
         logits = self.penalised.flatten(0, 1)
         for name, rung in filters.LADDER.items():
-            if self._asked(name):
+            if self.parameters.asked(name):
                 logits = rung(logits, self._per_row(name))
         return logits.view_as(self._raw)
 
@@ -78,7 +115,7 @@ class View:
         Without them it is what the engine returns: log softmax(model's logits / scoring temperature). What a constraint
         forbids does not make the rest likelier, so rows under different constraints stay comparable.
         """
-        temperature = self.column("scoring_temperature").view(-1, 1, 1)
+        temperature = self.parameters.column("scoring_temperature").view(-1, 1, 1)
         return self.penalised / temperature - (self._raw / temperature).logsumexp(2, keepdim=True)
 
     @cached_property
@@ -107,7 +144,7 @@ class View:
 
     def gumbels(self, *shape: int) -> Tensor:
         """[G, *shape] Gumbel noise from each request's own stream."""
-        return torch.stack([running.noise.gumbel(*shape) for running in self.requests]).to(self.logits.device)
+        return torch.stack([running.noise.gumbel(*shape) for running in self.requests]).to(self._raw.device)
 
     def _moved(self) -> Tensor:
         """[G, R, V] the model's logits after penalties and bias.
@@ -115,26 +152,22 @@ class View:
         The repetition penalty sees prompt and continuation; frequency and presence count what was sampled, so that a
         tool's result can be repeated freely.
         """
-        logits = self._raw.flatten(0, 1)
-        if self._asked("repetition_penalty"):
+        logits, asked = self._raw.flatten(0, 1), self.parameters.asked
+        if asked("repetition_penalty"):
             seen = self._counts([[*running.prompt, *row.ids] for running in self.requests for row in running.rows]) > 0
             logits = filters.repetition_penalty(logits, self._per_row("repetition_penalty"), seen)
-        if self._asked("frequency_penalty") or self._asked("presence_penalty"):
+        if asked("frequency_penalty") or asked("presence_penalty"):
             counts = self._counts([list(compress(row.ids, row.sampled)) for row in self._rows])
             frequency, presence = self._per_row("frequency_penalty"), self._per_row("presence_penalty")
             logits = filters.count_penalties(logits, frequency, presence, counts)
-        if self._asked("logit_bias"):
-            logits = logits + self._bias()
+        if asked("logit_bias"):
+            bias = self.parameters.bias(self._raw.shape[2])
+            logits = logits + bias.repeat_interleave(self._raw.shape[1], dim=0)
         return logits.view_as(self._raw)
-
-    def _asked(self, name: str) -> bool:
-        """Whether a request gives the field `name` a value that changes something."""
-        neutral = Sampling.model_fields[name].default
-        return any(getattr(running.sampling, name) != neutral for running in self.requests)
 
     def _per_row(self, name: str) -> Tensor:
         """The field `name` for each of all G · R rows."""
-        return self.column(name).repeat_interleave(self._raw.shape[1], dim=0)
+        return self.parameters.column(name).repeat_interleave(self._raw.shape[1], dim=0)
 
     def _counts(self, texts: list[list[int]]) -> Tensor:
         """[G · R, V] how often each row's text has each token."""
@@ -143,24 +176,12 @@ class View:
         flat = torch.tensor(places, dtype=torch.long, device=self._raw.device)
         return flat.bincount(minlength=len(texts) * vocabulary).view(len(texts), vocabulary)
 
-    def _bias(self) -> Tensor:
-        """[G · R, V] what the requests add to logits."""
-        if "logit_bias" not in self._columns:
-            bias = self._raw.new_zeros(len(self.requests), self._raw.shape[2])
-            for g, running in enumerate(self.requests):
-                for token, value in running.sampling.logit_bias.items():
-                    bias[g, token] = value
-            self._columns["logit_bias"] = bias
-        return self._per_row("logit_bias")
+    @property
+    def _rows(self) -> list[Row]:
+        return [row for running in self.requests for row in running.rows]
 
     def _forbid(self, logits: Tensor) -> Tensor:
         """[G, R, V] with -inf for stop tokens before `min_tokens` and for what constraints forbid."""
-        forbidden = self._forbidden
-        return logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
-
-    @cached_property
-    def _forbidden(self) -> Tensor | None:
-        """[G, R, V] true where a token may not be written now; None when nobody forbids anything."""
         early = [
             (place, token)
             for place, (running, row) in enumerate((running, row) for running in self.requests for row in running.rows)
@@ -169,7 +190,7 @@ class View:
         ]
         guided = {place: row.guide.allowed for place, row in enumerate(self._rows) if row.guide and row.guide.allowed}
         if not early and not guided:
-            return None
+            return logits
         forbidden = torch.zeros_like(self._raw, dtype=torch.bool).flatten(0, 1)
         if guided:
             places = torch.tensor(list(guided), device=forbidden.device)
@@ -177,10 +198,10 @@ class View:
         if early:
             rows, tokens = torch.tensor(early, device=forbidden.device).T
             forbidden[rows, tokens] = True
-        return forbidden.view_as(self._raw)
+        return logits.masked_fill(forbidden.view_as(logits), -torch.inf)
 
     def _tensor(self, values: list[list[Any]]) -> Tensor:
-        return torch.tensor(values, device=self.logits.device)
+        return torch.tensor(values, device=self._raw.device)
 
 
 class Decoding(ABC):

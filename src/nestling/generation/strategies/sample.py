@@ -16,12 +16,12 @@ class Strategy(Decoding):
 
     def advance(self, view: View) -> tuple[Tensor, Tensor]:
         """As in `Decoding.advance`; R = 1."""
-        greedy = [running.sampling.greedy for running in view.requests]
+        greedy = view.parameters.values("greedy")
         if all(greedy):
             tokens = filters.likeliest(view.penalised)
         else:
             tokens = filters.draw(view.shaped[:, 0], view.uniforms()).unsqueeze(1)
             if any(greedy):
                 certain = filters.likeliest(view.penalised)
-                tokens = torch.where(view.column("temperature")[:, None] == 0, certain, tokens)
-        return torch.zeros_like(tokens), tokens
+                tokens = torch.where(view.parameters.column("temperature")[:, None] == 0, certain, tokens)
+        return view.own, tokens
