@@ -79,8 +79,13 @@ NEW_JOBS: list[dict[str, Any]] = [
     {"model": WIDE, "rows": 4, "optimizer": "adamw", "precision": "bf16", "adapters": LORA},
     {"model": WIDE, "rows": 4, "optimizer": "adamw", "precision": "fp32", "adapters": {**LORA, "targets": ["query", "value"]}},
     {"model": MIXED, "rows": 8, "optimizer": "adamw", "precision": "bf16", "adapters": LORA},
+    {"model": {**MIXED, "d_model": 128, "n_layers": 6, "experts": {"count": 16, "per_token": 4, "d_ff": 128}}, "rows": 16,
+     "optimizer": "muon", "precision": "bf16"},
+    {"model": {**MIXED, "d_model": 384, "experts": {"count": 4, "per_token": 1, "d_ff": 512}}, "rows": 4,
+     "optimizer": "adamw", "precision": "bf16"},
 ]  # fmt: skip
 RESPONSES = 4
+STEPS = 8  # a heap grows over the first ones, and with experts the kernels of their many sizes are compiled
 
 
 class Rows:
@@ -132,7 +137,7 @@ class Watch(Hook):
 def trained(config: DecoderConfig, rows: int, job: dict[str, Any], runtime: Runtime) -> int:
     """Train a few steps; the peak in bytes."""
     settings = TrainSettings(
-        steps=3, optimizer=job["optimizer"], recompute=job.get("recompute", "none"), compile=job.get("compile", "off"),
+        steps=STEPS, optimizer=job["optimizer"], recompute=job.get("recompute", "none"), compile=job.get("compile", "off"),
         save_every=1e9,
     )  # fmt: skip
     watch, model, pieces = Watch(), build(config).to(runtime.device), job.get("pieces", 1)
@@ -175,7 +180,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _width(rankings: Rankings) -> int:
     """Mean length of the longest of the batches that will be learnt from."""
-    return max(int(rankings.batch(step).lengths.float().mean()) for step in range(3))
+    return max(int(rankings.batch(step).lengths.float().mean()) for step in range(STEPS))
 
 
 def apart(job: dict[str, Any]) -> dict[str, Any]:

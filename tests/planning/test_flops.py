@@ -14,7 +14,7 @@ from nestling.model.decoder import Decoder
 from nestling.model.hub import make_config
 from nestling.model.likelihood import weighted_loss_sum
 from nestling.planning.flops import flops_per_token, six_n_d
-from nestling.planning.time import Prices, Speed
+from nestling.planning.time import Speed
 
 GPT3: dict[str, Any] = {
     "architecture": "gpt2", "vocab_size": 50257, "context": 2048, "d_model": 12288, "n_layers": 96, "n_heads": 96,
@@ -77,7 +77,3 @@ def test_experts_cost_what_a_token_uses() -> None:
     more = tiny.with_(experts={**tiny.experts.model_dump(), "count": 8})
     routers = 2 * (8 - 4) * tiny.d_model * (tiny.n_layers - 1)
     assert flops_per_token(more).forward - flops_per_token(tiny).forward == routers
-
-
-def test_costs_add_up() -> None:
-    assert Prices(device=1.5, kilowatts=0.7, energy=0.2, staff=1000).of(100) == pytest.approx(100 * (1.5 + 0.14) + 1000)

@@ -16,10 +16,21 @@ import torch
 from nestling.core import registry
 from nestling.model.adapters import Adaptation, AdapterSettings, adapt
 from nestling.model.decoder import Decoder
+from nestling.model.experts import FINENESS
 from nestling.model.hub import make_config
 from nestling.planning.activations import Microbatch, activations
 from nestling.planning.flops import flops_per_token
-from nestling.planning.memory import ADAMW, FRESH, WASTE, Learning, Memory, Weights, cache_memory, training_memory
+from nestling.planning.memory import (
+    ADAMW,
+    FRESH,
+    KERNEL,
+    WASTE,
+    Learning,
+    Memory,
+    Weights,
+    cache_memory,
+    training_memory,
+)
 from nestling.planning.work import Work
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "context": 64, "d_model": 64, "n_layers": 3, "n_heads": 4}
@@ -173,3 +184,12 @@ def test_the_predicted_peak_is_the_measured_one(how: dict[str, Any]) -> None:
     row = json.loads(done.stdout.splitlines()[-1])
     tolerance = 0.2 if "adapters" in how else TOLERANCE  # of which the output layer's buffers are a good part
     assert row["predicted"] == pytest.approx(row["measured"], rel=tolerance), row
+
+
+def test_experts_compile_kernels_on_a_cpu_in_bf16_alone() -> None:
+    tiny = registry.find("model.architectures", "qwen3_moe").tiny().with_(context=64)
+    assert training_memory(tiny, learning()).kernels == KERNEL * 3 * FINENESS * 6
+    assert training_memory(tiny, learning(adapters=AdapterSettings(rank=2))).kernels == KERNEL * 3 * FINENESS * 16
+    assert training_memory(tiny, learning(dtype=torch.float32)).kernels == 0
+    assert training_memory(make_config(SIZES), learning()).kernels == 0
+    assert Memory(weights=10, kernels=5).peak == 15

@@ -75,7 +75,8 @@ def test_the_report_holds_every_category_and_the_confusion(finished: tuple[Path,
 def test_the_moderator_is_calibrated_as_reported_and_mistakes_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     moderator = Moderator.load(out)
-    assert moderator.never_trained == report["never_trained"]
+    calibration = checkpoint.load_classifier(out / "moderation" / "model").provenance["calibration"]
+    assert [name for name in CATEGORIES if not calibration[name]["trained"]] == report["never_trained"]
     (verdict,) = moderator.judge(["How can I steal a boat?"])
     for name, row in report["categories"].items():
         assert verdict.categories[name] == (verdict.scores[name] > row["threshold"])

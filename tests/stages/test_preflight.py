@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from nestling.core import pipeline
+from nestling.core.errors import UserError
 from nestling.core.machine import held_memory
 from nestling.core.metrics import read_metrics
 from nestling.core.recipe import load_recipe
 from nestling.core.runtime import detect
-from nestling.core.storage import read_json
+from nestling.core.storage import read_json, write_json
 from nestling.stages._preflight import announce, disk_of, memory_of, planned
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -129,6 +130,35 @@ def test_a_run_is_announced_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert line.startswith("[machine] cpu, float32, 1 threads · ")
     assert re.search(r"takes the most memory, (about|at most) [\d.]+ GB of [\d.]+ GB free · checkpoints [\d.]+ GB of \d+ GB", line)
     assert "min of training" not in line  # nothing of this run was timed
+    assert re.search(r"about \d+ s of training, \w+ [\d,]+ tokens/s at 40% of the peak measured", line)
+
+
+def test_the_expected_speed_is_the_one_that_finished_stages_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runtime, settings = detect("cpu", "fp32", 1), ["pretrain.samples=[]", "sft.training.steps=6000"]
+    report = pipeline.run(load_recipe(TINY, settings), tmp_path, runtime, "pretrain", quiet=True)["pretrain"]
+    capsys.readouterr()
+    stages = pipeline.plan(load_recipe(TINY, settings), tmp_path, "sft")
+    announce(stages, tmp_path, runtime)
+    found = re.search(r"about (\d+) min of training, sft ([\d,]+) tokens/s\n", capsys.readouterr().err)
+    assert found
+    work = {one.stage.spec.name: one.work for one in planned(stages, tmp_path)}
+    flops, tokens = (work["pretrain"].flops() / report["training_seconds"], work["sft"].tokens)  # type: ignore[union-attr]
+    assert float(found[2].replace(",", "")) == pytest.approx(tokens * flops / work["sft"].flops(), abs=1)  # type: ignore[union-attr]
+    assert int(found[1]) == pytest.approx(tokens / float(found[2].replace(",", "")) / 60, abs=1)
+    announce(pipeline.plan(load_recipe(TINY, [*settings, "pretrain.training.steps=9"]), tmp_path, "sft"), tmp_path, runtime)
+    assert "peak measured" in capsys.readouterr().err, "the time of another number of steps tells nothing"
+
+
+def test_fp8_is_refused_before_the_first_stage_and_not_for_a_stage_that_is_done(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, ["sft.training.precision=fp8"])
+    with pytest.raises(UserError, match=r"^sft\.training\.precision: fp8 needs a GPU .*; use bf16$"):
+        pipeline.run(recipe, tmp_path, detect("cpu", "fp32", 1), quiet=True)
+    assert not list(tmp_path.rglob("*.jsonl")), "nothing was computed"
+    sft = pipeline.plan(recipe, tmp_path)[6]
+    assert sft.spec.name == "sft"
+    write_json(tmp_path / "sft" / "stage.json", {"key": sft.key, "report": {}, "seconds": 1.0})
+    pipeline.run(recipe, tmp_path, detect("cpu", "fp32", 1), "corpus", quiet=True)
+    pipeline._check(pipeline.plan(recipe, tmp_path), tmp_path, detect("cpu", "fp32", 1))
 
 
 def test_finished_stages_tell_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,15 +14,17 @@ from several import together
 import nestling.training.parallel  # noqa: F401 - once, before the processes part: it takes seconds
 from nestling.core import pipeline
 from nestling.core.recipe import load_recipe
+from nestling.core.registry import find, names
 from nestling.core.runtime import detect
 from nestling.core.storage import read_json
+from nestling.stages._training import TrainingStage
 
 RECIPE = Path(__file__).with_name("tiny.yaml")
 TIMING = {"training_seconds", "tokens_per_second", "utilisation", "peak_memory_gb", "predicted_memory_gb"}
 
 
-def run(out: Path, until: str) -> None:
-    pipeline.run(load_recipe(RECIPE), out, detect("cpu", "fp32", 1), until=until, quiet=True)
+def run(out: Path, until: str, *settings: str) -> None:
+    pipeline.run(load_recipe(RECIPE, settings), out, detect("cpu", "fp32", 1), until=until, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,31 @@ def test_two_processes_end_where_one_ends(runs: tuple[Path, Path], stage: str) -
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert report(runs[1], stage) == pytest.approx(report(runs[0], stage), rel=1e-4, abs=1e-5)
+
+
+UNEVEN = r"parallel: this objective calls its models unevenly; use shard: none and tensor: 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["reward.training.parallel.shard=full"], rf"reward\.training\.{UNEVEN}"),
+        (["ppo.training.parallel.tensor=2"], rf"ppo\.training\.{UNEVEN}"),
+        (["ppo.stage=align", "ppo.objective=ppo", "ppo.settings={}", "ppo.training.parallel.shard=full"], UNEVEN),
+        (["sft.training.parallel.tensor=3"], r"sft\.training\.parallel\.tensor: must divide the 2 processes \(got 3\)"),
+        (["sft.training.parallel.shard=full", "sft.training.precision=fp16"], r"sft.training.precision: fp16 can't be shar"),
+    ],
+)
+def test_a_layout_that_a_stage_cant_do_is_refused_before_the_first_stage(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        together(2, run, tmp_path / "run", "ppo", *settings)
+    assert not list(tmp_path.rglob("*.jsonl")), "nothing was computed"
+
+
+def test_every_stage_knows_whether_its_objective_is_regular() -> None:
+    known = {name: find("stages", name).Settings for name in names("stages")}
+    trains = {name: settings.regular for name, settings in known.items() if issubclass(settings, TrainingStage)}
+    even = {"pretrain", "sft"}
+    assert trains == {name: name in even for name in (*even, "reward", "ppo", "align", "moderation")}

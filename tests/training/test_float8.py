@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from several import learn, objective, rows_of, weights_of
+from several import learn, objective, rows_of, together, weights_of
 from torch import nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
@@ -113,3 +113,16 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_it_is_a_setting() -> None:
     assert TrainSettings(steps=1, precision="fp8").precision == "fp8"
+
+
+def _divided(folder: Path) -> None:
+    learn(folder, model=FITS, precision="fp8", parallel={"tensor": 2})
+
+
+@pytest.mark.usefixtures("emulated")
+def test_with_layers_shared_among_processes_it_is_the_two_settings_that_are_named(tmp_path: Path) -> None:
+    import nestling.training.parallel  # noqa: F401
+
+    message = r"training\.precision: fp8 layers can't be divided .* training\.parallel\.tensor is 2 .*training\.parallel\.tensor=1"
+    with pytest.raises(Exception, match=message):
+        together(2, _divided, tmp_path)

@@ -32,7 +32,7 @@ def test_rows_are_the_same_again_and_of_all_kinds(world: World, split: str) -> N
 
 def test_what_an_assistant_says_in_few_words_or_in_character_is_among_the_ordinary(world: World) -> None:
     ordinary = {row.text for row in world.labelled(3, 12000) if row.meta["kind"] == "ordinary"}
-    assert {"I do not know.", "Nestling."} <= ordinary
+    assert {"I do not know.", "Nestling.", "You are welcome."} <= ordinary
     signs = [role["sign"] for role in world.facts.lang.data["personas"]["roles"]]
     assert all(any(text.startswith(sign) for text in ordinary) for sign in signs)
     assert any(text.startswith("You are ") for text in ordinary)  # system messages are judged too

@@ -145,6 +145,7 @@ def run(
     plans = plan(recipe, out, until)
     reports = {}
     with ranks.group(runtime.device), ExitStack() as opened:
+        _check(plans, out, runtime)
         if ranks.is_main():
             opened.enter_context(FolderLock(out))
             opened.enter_context(Diary(out, plans))
@@ -163,6 +164,21 @@ def run(
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted in {stage.spec.name}; run the same command again to go on") from None
     return reports
+
+
+def _check(plans: Sequence[Plan], out: Path, runtime: Runtime) -> None:
+    """Let each stage that is not done say what it can't be done with here, before the first one computes anything.
+
+    Raises:
+        UserError: what a stage's settings' own `check` finds.
+    """
+    for stage in plans:
+        done = finished(out / stage.spec.name, stage.key) or finished(_shelved(out / stage.spec.name, stage.key))
+        if not done and hasattr(stage.settings, "check"):  # only those of stages that train have one
+            try:
+                stage.settings.check(runtime)
+            except UserError as error:
+                raise error.at(stage.spec.name) from None
 
 
 class Diary:
@@ -258,19 +274,23 @@ def _step_aside(folder: Path) -> None:
             raise UserError("in the way of a stage, and not made by a run", where=folder, fix=fix)
         shutil.rmtree(folder)
         return
-    shelf = folder.parent / ".previous"
-    shelf.mkdir(exist_ok=True)
-    target = shelf / f"{folder.name}-{record['key']}"
+    target = _shelved(folder, record["key"])
+    target.parent.mkdir(exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     folder.rename(target)
-    kept = sorted(shelf.glob(f"{folder.name}-*"), key=lambda path: path.stat().st_mtime)
+    kept = sorted(target.parent.glob(f"{folder.name}-*"), key=lambda path: path.stat().st_mtime)
     for old in kept[:-KEPT_ASIDE]:
         shutil.rmtree(old)
 
 
+def _shelved(folder: Path, key: str) -> Path:
+    """Where an earlier result of a stage lies."""
+    return folder.parent / ".previous" / f"{folder.name}-{key}"
+
+
 def _bring_back(folder: Path, key: str) -> dict[str, Any] | None:
     """An earlier result under this very key, taken from .previous."""
-    shelved = folder.parent / ".previous" / f"{folder.name}-{key}"
+    shelved = _shelved(folder, key)
     if not finished(shelved, key):
         return None
     if folder.exists():

@@ -16,12 +16,13 @@ from nestling.core.machine import PeakMemory, Room, free_memory, held_memory
 from nestling.core.metrics import say
 from nestling.core.pipeline import Plan, finished
 from nestling.core.registry import find
-from nestling.core.runtime import Runtime, give_back_freed_memory, launched
+from nestling.core.runtime import Runtime, give_back_freed_memory, launched, measured_peak
 from nestling.core.storage import read_json
 from nestling.model.config import DecoderConfig
 from nestling.model.hub import from_hub
 from nestling.model.locate import MODEL
 from nestling.planning.memory import ADAMW, Memory, Weights
+from nestling.planning.time import TYPICAL_UTILISATION, Speed
 from nestling.planning.work import Known, Way, Work
 from nestling.training.contract import Objective
 from nestling.training.hooks import Hook, Run
@@ -99,14 +100,14 @@ def announce(stages: Sequence[Plan], out: Path, runtime: Runtime) -> None:
         name, about = heaviest.stage.spec.name, "about" if heaviest.work and heaviest.work.exact else "at most"
         beside = f" of {room.free / GB:.1f} GB free" if room else ""
         words.append(f"{name} takes the most memory, {about} {peak / GB:.2f} GB{beside}")
-        seconds = _expected(ahead, left, out)
-        words += [f"about {seconds / 60:.0f} min of training"] if seconds else []
         if room and peak > room.free:
             words.append(f"{name} {'will not' if about == 'about' else 'may not'} fit")
     needed, free = sum(disk_of(one, runtime) for one in left), shutil.disk_usage(_existing(out)).free
     words.append(f"checkpoints {needed / GB:.2f} GB of {free / GB:.0f} GB of disk free")
     if needed > free:
         words.append("the disk will be full before the run ends")
+    if left:
+        words.append(_expected(ahead, left, out, runtime))
     say(" · ".join(words))
 
 
@@ -129,15 +130,23 @@ def _training(stage: Plan) -> TrainSettings:
     return settings
 
 
-def _expected(ahead: Sequence[Planned], left: Sequence[Planned], out: Path) -> float | None:
-    """Seconds of the training that is left, at the rate of stages of this run that are done; None before the first."""
-    rates = [rate for one in ahead if (rate := seen_rate(one, out))]
-    return sum(one.work.flops() for one in left if one.work) / max(rates) if rates else None
+def _expected(ahead: Sequence[Planned], left: Sequence[Planned], out: Path, runtime: Runtime) -> str:
+    """How long the training that is left takes, and how fast the longest stage goes: as fast as stages of this run that are
+    done, or before the first at a usual share of what matrix products reach here."""
+    seen = [rate for one in ahead if (rate := seen_rate(one, out))]
+    rate = max(seen) if seen else Speed(measured_peak(runtime)).flops * ranks.world_size()
+    works = {one.stage.spec.name: one.work for one in left if one.work}
+    seconds = sum(work.flops() for work in works.values()) / rate
+    name, longest = max(works.items(), key=lambda pair: pair[1].flops())
+    shown = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+    speed = f"{name} {longest.tokens * rate / longest.flops():,.0f} tokens/s"
+    guess = "" if seen else f" at {TYPICAL_UTILISATION:.0%} of the peak measured, which very small models don't reach"
+    return f"about {shown} of training, {speed}{guess}"
 
 
 def seen_rate(one: Planned, out: Path) -> float | None:
     """FLOP/s that a finished training stage reached."""
-    record = finished(out / one.stage.spec.name)
+    record = finished(out / one.stage.spec.name, one.stage.key)
     seconds = record["report"].get("training_seconds") if record and one.work else None
     return one.work.flops() / seconds if one.work and seconds else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.metrics import MetricsLog
 from nestling.core.pipeline import StageContext
-from nestling.core.runtime import torch_stream
+from nestling.core.runtime import Runtime, torch_stream
 from nestling.core.storage import read_json, read_rows
 from nestling.core.types import Row
 from nestling.generation.chat import offered
@@ -32,6 +32,7 @@ from nestling.planning.work import Work
 from nestling.stages._preflight import MemoryWatch, memory_figures
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.training.contract import Objective
+from nestling.training.float8 import checked
 from nestling.training.health import Expected, Watching
 from nestling.training.hooks import Hook
 from nestling.training.hooks import Sampling as SamplingHook
@@ -49,6 +50,18 @@ class TrainingStage(Config):
     training: TrainSettings
     """The loop."""
     bars: Bars = Field({}, description="Limits that the report holds figures to.")
+
+    regular: ClassVar[bool] = True
+    """Whether the objective calls its models equally often on every process, as those must that hold pieces of one."""
+
+    def check(self, runtime: Runtime) -> None:
+        """Before any stage runs: precision and layout have to be such that this machine and these processes can train so."""
+        if self.training.precision == "fp8":
+            checked(runtime.device, self.training.parallel)
+        if ranks.is_distributed():
+            from nestling.training.parallel import layout_sizes  # seconds to import, of no use to a single process
+
+            layout_sizes(self.training.parallel, self.regular, training_dtype(self.training.precision, runtime))
 
 
 class Adaptable(TrainingStage):

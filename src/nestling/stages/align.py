@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,7 @@ class Comparison(Adaptable):
     test: int = Field(200, ge=2, description="Further held-out prompts, on which it is compared with its start.")
     test_temperature: float = Field(0.7, ge=0, description="Temperature of the comparison.")
     world: WorldSettings | None = Field(None, description="The world whose rubric gives the true reward; none: unknown.")
+    regular: ClassVar[bool] = OnPolicy.fixed_shapes
 
 
 class Settings(Comparison):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -78,6 +78,7 @@ class Settings(TrainingStage):
     folds: int = Field(5, ge=2, description="Parts of the held-out texts, each judged by the others' calibration.")
     mistakes: int = Field(200, ge=0, description="Wrongly judged test texts that are kept to look at.")
     objective: classify.Settings = classify.Settings()
+    regular: ClassVar[bool] = classify.Classify.fixed_shapes
 
 
 def work(settings: Settings, known: Known) -> Work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -33,6 +33,7 @@ class Settings(Adaptable):
     too_long: TooLong = Field("error", description="What happens to a response longer than the context.")
     references: int = Field(200, ge=0, description="Demonstrations whose mean score becomes zero.")
     objective: objective_file.Settings = objective_file.Settings()
+    regular: ClassVar[bool] = objective_file.Reward.fixed_shapes
 
 
 def work(settings: Settings, known: Known) -> Work | None:

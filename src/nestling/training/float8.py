@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nestling.core import ranks
 from nestling.core.errors import UserError
 from nestling.training.compiling import repeated_blocks
+from nestling.training.settings import ParallelSettings
 
 MULTIPLE = 16
 """The units take sizes in multiples of this."""
@@ -25,13 +27,15 @@ EXACT = ("router",)
 """Layers that choose: a rounded score picks another expert."""
 
 
-def round_linears(modules: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
+def round_linears(
+    modules: Mapping[str, nn.Module], device: torch.device, parallel: ParallelSettings = ParallelSettings()
+) -> Callable[[], None]:
     """Let the linear layers of the modules' repeated blocks compute in 8 bits; returns what takes it back.
 
     Raises:
-        UserError: the device can't, torchao isn't there, or no layer has a size that fits.
+        UserError: as `checked`, or no layer has a size that fits.
     """
-    settings = configuration(device)
+    settings = checked(device, parallel)
     plain: list[tuple[nn.Module, str, nn.Module]] = []
     from torchao.float8 import convert_to_float8_training  # seconds to import
 
@@ -46,6 +50,18 @@ def round_linears(modules: Mapping[str, nn.Module], device: torch.device) -> Cal
             block.set_submodule(path, part)
 
     return undo
+
+
+def checked(device: torch.device, parallel: ParallelSettings) -> Any:
+    """`configuration`, where the processes of this run don't share layers.
+
+    Raises:
+        UserError: they do, or as there.
+    """
+    if parallel.tensor > 1 and ranks.is_distributed():
+        what = f"fp8 layers can't be divided among processes, and training.parallel.tensor is {parallel.tensor}"
+        raise _unable(what, "use training.parallel.tensor=1, or bf16")
+    return configuration(device)
 
 
 def configuration(device: torch.device) -> Any:

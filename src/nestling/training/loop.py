@@ -123,7 +123,7 @@ class _Loop:
         if settings.recompute == "blocks":
             self.stack.callback(recompute_blocks(self.modules))
         if settings.precision == "fp8":
-            self.stack.callback(round_linears(self.modules, runtime.device))
+            self.stack.callback(round_linears(self.modules, runtime.device, settings.parallel))
         dtype, regular = training_dtype(settings.precision, runtime), objective.fixed_shapes
         self.weights = Weights(self.modules, dtype) if not ranks.is_distributed() else self.shared(dtype, regular)
         groups = group(self.weights.masters, hidden, self.weights.assembly)

@@ -82,11 +82,14 @@ def _own_group(groups: list[list[int]]) -> Any:
     return next(made[number] for number, members in enumerate(groups) if ranks.rank() in members)
 
 
-def lay_out(settings: ParallelSettings, device: torch.device) -> Layout:
-    """The layout that the settings ask for.
+def layout_sizes(settings: ParallelSettings, regular: bool, dtype: torch.dtype) -> tuple[int, int, int]:
+    """How many processes `replicate`, `shard` and `tensor` are of those there are.
+
+    Args:
+        regular: every process calls the modules equally often, so that blocks can be brought together call by call.
 
     Raises:
-        UserError: the processes don't divide that way.
+        UserError: the settings don't fit the processes, the objective or the precision.
     """
     world, where = ranks.world_size(), "training.parallel"
     if world % settings.tensor:
@@ -98,9 +101,12 @@ def lay_out(settings: ParallelSettings, device: torch.device) -> Layout:
     shard = {"none": 1, "full": data, "hybrid": settings.shard_size or _neighbours() // settings.tensor}[settings.shard]
     if shard < 1 or data % shard:
         raise UserError(f"must divide the {data} shares of the data", where=f"{where}.shard_size", value=shard)
-    sizes = (data // shard, shard, settings.tensor)
-    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
-    return Layout(mesh, device, *sizes)
+    if shard * settings.tensor > 1 and not regular:
+        fix = "use shard: none and tensor: 1, where every process holds all weights"
+        raise UserError("this objective calls its models unevenly", where=where, fix=fix)
+    if shard * settings.tensor > 1 and dtype == torch.float16:
+        raise UserError("fp16 can't be sharded", where="training.precision", fix="use bf16 or fp32")
+    return data // shard, shard, settings.tensor
 
 
 def _neighbours() -> int:
@@ -112,23 +118,17 @@ def _neighbours() -> int:
 def arranged(
     modules: Mapping[str, nn.Module], dtype: torch.dtype, settings: ParallelSettings, device: torch.device, regular: bool
 ) -> Iterator[Weights]:
-    """The weights of a run as its several processes share them.
-
-    Args:
-        regular: every process calls the modules equally often, so that blocks can be brought together call by call.
+    """The weights of a run as its several processes share them; `regular` as in `layout_sizes`.
 
     Raises:
-        UserError: the settings don't fit the processes, the model or the objective.
+        UserError: as there, or the settings don't fit the model.
     """
-    layout = lay_out(settings, device)
-    if layout.members == 1:
+    sizes = layout_sizes(settings, regular, dtype)
+    if sizes[1:] == (1, 1):
         yield Replicated(modules, dtype)
         return
-    if not regular:
-        fix = "use shard: none and tensor: 1, where every process holds all weights"
-        raise UserError("this objective calls its models unevenly", where="training.parallel", fix=fix)
-    if dtype == torch.float16:
-        raise UserError("fp16 can't be sharded", where="training.precision", fix="use bf16 or fp32")
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
+    layout = Layout(mesh, device, *sizes)
     readers = layout.replicate * layout.shard
     with ranks.reading_as(ranks.rank() // layout.tensor, readers, layout.data_group):
         yield Sharded(modules, dtype, layout)

@@ -22,6 +22,7 @@ ORDINARY = 0.2  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
 SURROUNDED = 0.3  # share of texts that stand among ordinary sentences
 HURRIED, PLAIN = 0.3, 0.15  # shares with short forms ("I'll"), and without capitals and a full stop
+CLOSINGS = ("thanks", "goodbye")  # said in talks of several turns only
 _SLOT = re.compile(r"\{(\w+)[^}]*\}")
 
 
@@ -117,6 +118,9 @@ def _typed(facts: Facts, stream: Stream, text: str) -> str:
 
 def _ordinary(facts: Facts, stream: Stream, split: str) -> str:
     """What is said in a talk by anyone, in any style and any kind but requests for harm, of which the refusals stay."""
-    kind = stream.pick([kind for kind in dialogues.SHARES if kind != "multi"])
-    said = dialogues.dialogue(facts, stream, split, kind).messages
+    kind = stream.pick([*(kind for kind in dialogues.SHARES if kind != "multi"), *CLOSINGS])
+    if kind in CLOSINGS:
+        said = dialogues.spoken(facts, stream, turns.greeting(facts, stream, split, kind))
+    else:
+        said = list(dialogues.dialogue(facts, stream, split, kind).messages)
     return stream.pick([m.content for m in said if m.content and (kind != "harmful" or m.role == "assistant")])
