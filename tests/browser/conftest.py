@@ -33,6 +33,7 @@ from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
 from nestling.serving.models import Models, Served
 from nestling.serving.settings import ServeSettings
+from nestling.serving.store.records import ModelVersion, Written
 from nestling.serving.store.store import Store
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
@@ -142,6 +143,15 @@ class Desk:
         expect(last.locator('[data-testid="message-text"]').last).to_contain_text(text)
         expect(self.get("stop")).to_be_hidden()
         return last
+
+    def long_talk(self) -> str:
+        """A stored conversation of 20 messages that has outgrown the context; its id."""
+        talk = self.store.of("anybody").conversations
+        id, parent = talk.create().id, None
+        for _ in range(10):
+            asked = talk.ask(id, "Who are you? " * 3, parent).id
+            parent = talk.answer(id, asked, Written(version=ModelVersion(name="tiny"), content="I am Nestling.")).id
+        return id
 
     def until(self, is_so: Callable[[], bool]) -> None:
         """Wait until something is so that the page does not show, such as a row in the store."""

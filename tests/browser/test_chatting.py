@@ -39,6 +39,24 @@ def test_markdown_and_code(desk):
     assert desk.page.evaluate("navigator.clipboard.readText()").strip() == "print(1)"
 
 
+def test_formulas_are_drawn(sit):
+    """As MathML of the browser's own; what is written in one runs nothing, and a wide one scrolls by itself."""
+    desk = sit(width=390)
+    talk = desk.store.of("anybody").conversations
+    id = talk.create().id
+    wide = " + ".join(f"a_{{{n}}}" for n in range(40))
+    text = r"So $\frac{1}{2}$ for $5 and $6. $\text{<img src=x onerror=window.hurt=1>}$" + f"\n\n$${wide}$$"
+    talk.answer(id, talk.ask(id, "Formulas.", None).id, Written(version=ModelVersion(name="tiny"), content=text))
+    desk.open(f"chat/{id}")
+    reply = desk.answer("for $5 and $6.")
+    expect(reply.locator("math")).to_have_count(3)
+    half = reply.locator("mfrac").bounding_box()
+    assert half["height"] > half["width"] > 0  # one number above the other
+    assert reply.locator("math[display=block]").bounding_box()["width"] <= 390
+    assert desk.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert desk.page.evaluate("window.hurt") is None
+
+
 def test_what_a_reply_says_runs_nothing(desk):
     """HTML, scripts and javascript: addresses in a reply are text."""
     desk.ask("Attack!")
@@ -253,12 +271,7 @@ def test_a_message_that_is_too_long(desk):
 
 def test_what_was_not_read_is_said(desk):
     """A conversation that has outgrown the context: the reply says how much of it was left out, also after a reload."""
-    talk = desk.store.of("anybody").conversations
-    id, parent = talk.create().id, None
-    for _ in range(10):
-        asked = talk.ask(id, "Who are you? " * 3, parent).id
-        parent = talk.answer(id, asked, Written(version=ModelVersion(name="tiny"), content="I am Nestling.")).id
-    desk.open(f"chat/{id}")
+    desk.open(f"chat/{desk.long_talk()}")
     desk.ask("Hello!")
     desk.until(lambda: len(desk.messages()) == 22)
     count = desk.messages()[-1].reply.forgotten

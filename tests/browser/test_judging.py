@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import expect
 
-from nestling.serving.store.records import VoteRecord
+from nestling.serving.store.records import Candidate, ConversationChanges, ModelVersion, VoteRecord, Written
 
 HELLO = "Hello! How can I help you?"
 MODELS = {"tiny", "twin"}
@@ -111,3 +111,61 @@ def test_a_comparison_is_found_again(desk):
         desk.page.reload()
     [conversation] = desk.store.conversations.page().data
     assert [one.choice for one in desk.store.arena.of(conversation.id)] == ["b"]
+
+
+def test_what_was_not_read_is_said_of_each_candidate(desk):
+    """While a comparison is written, when it waits for a vote, after the vote, and of the chosen reply in the chat."""
+    id = desk.long_talk()
+    desk.open(f"compare/{id}")
+    desk.get("compare-input").fill("Hello!")
+    desk.get("compare-send").click()
+    said = "earlier messages had no room in the model's context and were not read."
+    for _ in range(2):
+        expect(desk.get("choice-b")).to_be_visible()
+        for side in ("a", "b"):
+            expect(desk.get(f"side-{side}").get_by_test_id("notice")).to_contain_text(said)
+        desk.page.reload()
+    desk.get("choice-b").click()
+    expect(desk.get("compare-result")).to_be_visible()
+    expect(desk.get("notice")).to_have_count(2)
+    desk.get("compare-to-chat").click()
+    for _ in range(2):
+        expect(desk.get("message", role="assistant").last.get_by_test_id("notice")).to_contain_text(said)
+        desk.page.reload()
+
+
+def test_a_candidate_that_was_cut_says_so(sit):
+    """A reply that ended for want of room does so in a comparison too, before and after the vote is due."""
+    desk = sit()
+    id = desk.store.of("anybody").conversations.create(ConversationChanges(sampling={"max_tokens": 3})).id
+    desk.open(f"compare/{id}")
+    desk.get("compare-input").fill("Go on.")
+    desk.get("compare-send").click()
+    for _ in range(2):
+        expect(desk.get("choice-b")).to_be_visible()
+        for side in ("a", "b"):
+            expect(desk.get(f"side-{side}").get_by_test_id("notice")).to_have_count(1)
+        desk.page.reload()
+
+
+def test_the_arena_fits_on_a_phone(sit):
+    """All figures of a model with a long name are within the screen, nothing scrolls sideways, and rows are still rows."""
+    desk = sit(width=390, height=844)
+    store = desk.store.of("anybody")
+    id = store.conversations.create().id
+    question = store.conversations.ask(id, "Hello!", None).id
+    models = ["tiny", "a-model-with-a-rather-long-name-7b-instruct"]
+    comparison = store.arena.compare(id, question, [Candidate(model=name) for name in models])
+    for side in ("a", "b"):
+        name = store.arena.candidate(comparison.id, side).model
+        store.arena.answer(comparison.id, side, Written(version=ModelVersion(name=name), content=HELLO))
+    store.arena.decide(comparison.id, "a")
+    desk.open("arena")
+    expect(desk.page.get_by_role("row")).to_have_count(3)
+    for row in desk.get("arena-row").all():
+        cells = [row.get_by_role("rowheader"), *row.get_by_role("cell").all()]
+        assert len(cells) == 8
+        boxes = [cell.bounding_box() for cell in cells]
+        assert all(box["width"] > 0 and box["x"] >= 0 and box["x"] + box["width"] <= 390 for box in boxes)
+    wider = "[...document.querySelectorAll('main, main *')].filter((one) => one.scrollWidth > one.clientWidth + 1)"
+    assert desk.page.evaluate(f"{wider}.filter((one) => getComputedStyle(one).overflowX === 'auto').length") == 0

@@ -30,7 +30,21 @@ CASES = {
     "functions of old": ({"functions": []}, 400, "unsupported_parameter", "functions"),
     "a misspelt name": ({"tempratur": 1}, 400, "unknown_parameter", "tempratur"),
     "an impossible schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
-        "type": "nothing"}}}}, 400, "invalid_value", None),
+        "type": "nothing"}}}}, 400, "invalid_value", "response_format.json_schema.schema"),
+    "an impossible constraint": ({"constraint": {"regex": "("}}, 400, "invalid_value", "constraint.regex"),
+    "impossible arguments": ({"tool_choice": "required", "tools": [{"type": "function", "function": {
+        "name": "f", "parameters": {"type": "nothing"}}}]}, 400, "invalid_value", "tools"),
+    "nothing said": ({"messages": [{"role": "user", "content": None}]}, 400, "missing_required_parameter",
+                     "messages[0].content"),
+    "a result of no call": ({"messages": [*HI, {"role": "tool", "tool_call_id": "c", "content": "5"}]}, 400,
+                            "invalid_value", "messages[1].tool_call_id"),
+    "a result before its call": ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "5"}, {
+        "role": "assistant", "tool_calls": [CALL]}]}, 400, "invalid_value", "messages[0].tool_call_id"),
+    "a custom tool": ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, 400, "invalid_value", "tools[0].type"),
+    "a choice of a custom tool": ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, 400, "invalid_value",
+                                  "tool_choice.type"),
+    "a choice among other tools": ({"tools": [], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+        "mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}}}, 400, "invalid_value", "tool_choice"),
     "a schema without a schema": ({"response_format": {"type": "json_schema"}}, 400, "missing_required_parameter",
                                   "response_format.json_schema.schema"),
 }  # fmt: skip
@@ -47,7 +61,8 @@ def test_mistakes_are_explained(service, name, stream):
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (error["type"], error["code"]) == ("invalid_request_error", code)
-    assert param is None or error["param"] == param
+    assert error["param"] == param
+    assert "sampling" not in error["message"]
     assert len(error["message"]) > 8
     assert "\n" not in error["message"]
 
@@ -76,6 +91,7 @@ def test_mistakes_of_http(service, method, path, body, status, code):
     answer = httpx.request(method, service.url + path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code
+    assert "jSON" not in answer.text
 
 
 def test_a_crash_is_told_with_the_id_of_its_request(make_app):

@@ -61,7 +61,6 @@ def test_scores_are_calibrated_and_flags_are_scores_above_the_threshold(folder: 
 
 
 def test_what_was_never_trained_scores_zero(moderator: Moderator) -> None:
-    assert moderator.never_trained == ["sexual/minors"]
     assert all(verdict.scores["sexual/minors"] == 0.0 for verdict in moderator.judge(["a", "b" * 90]))
 
 

@@ -94,6 +94,14 @@ def test_functions(client):
     assert ask(client, input=history, tools=[CALCULATOR]).output_text == "It is 5."
 
 
+@pytest.mark.parametrize("name", ["bad name!", "", "é", "a" * 65])
+def test_a_function_of_a_wrong_name_is_refused(client, name):
+    """Said as what it is, not as a mistake of the service's."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=[{**CALCULATOR, "name": name}])
+    assert caught.value.param == "tools[0].name"
+
+
 def test_a_streamed_call(client, unhurried):
     """Arguments grow by deltas and are told whole at the end."""
     events = list(ask(client, input=SUM, tools=[CALCULATOR], stream=True))
@@ -142,8 +150,83 @@ def test_text_formats_and_logprobs(client):
     assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
 
 
+def test_runs_sent_back_are_read(serve):
+    """An mcp_call is a call and its result, as in the conversation that goes on by id; a thought is read over."""
+    client = serve(tools={"calculator": {}}).client()
+    first = ask(client, input=SUM)
+    items = [item.model_dump(exclude_none=True) for item in first.output]
+    thought = {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]}
+    history = [{"role": "user", "content": SUM}, thought, *items, {"role": "user", "content": "Count."}]
+    again, by_id = ask(client, input=history), ask(client, input="Count.", previous_response_id=first.id)
+    assert (again.usage.input_tokens, again.output_text) == (by_id.usage.input_tokens, by_id.output_text)
+    failed = {
+        "type": "mcp_call",
+        "id": "m",
+        "server_label": "s",
+        "name": "f",
+        "arguments": "{}",
+        "error": "no such page",
+    }
+    without = ask(client, input=[failed | {"error": ""}]).usage.input_tokens
+    assert ask(client, input=[failed]).usage.input_tokens > without
+
+
+def test_calls_are_counted_and_the_limit_is_told(serve):
+    """max_tool_calls."""
+    client = serve(tools={"calculator": {}}).client()
+    told = ask(client, input=SUM, max_tool_calls=1)
+    assert [item.type for item in told.output] == ["mcp_call", "message"]
+    assert told.max_tool_calls == 1
+    assert ask(client).max_tool_calls is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_is_cut_says_so(client, stream):
+    """The item as the response."""
+    told = ask(client, max_output_tokens=3, stream=stream)
+    if stream:
+        events = list(told)
+        [done] = [event.item for event in events if event.type == "response.output_item.done"]
+        assert done.status == "incomplete"
+        told = events[-1].response
+    assert (told.status, [item.status for item in told.output]) == ("incomplete", ["incomplete"])
+    assert [item.status for item in ask(client).output] == ["completed"]
+
+
+def test_a_choice_may_leave_some_of_the_tools(client):
+    """The official API's allowed_tools, flat as tools are here; it comes back as it was sent."""
+    tools = [CALCULATOR, {"type": "function", "name": "other", "parameters": {"type": "object"}, "strict": False}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]}
+    for chosen in (choice, {"type": "function", "name": "other"}):
+        told = ask(client, input=SUM, tools=tools, tool_choice=chosen, max_output_tokens=40)
+        assert told.output[0].name == "other"
+        assert told.tool_choice.to_dict() == chosen
+    assert ask(client, input=SUM, tools=tools, tool_choice=choice | {"mode": "auto", "tools": []}).output_text
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, tools=tools, tool_choice=choice | {"tools": [{"type": "function"}]})
+    assert caught.value.param == "tool_choice.tools[0].name"
+
+
+def test_a_wrong_schema_is_told_by_its_place(client):
+    """In the client's words, not the engine's."""
+    for schema in ({"type": "nothing"}, None):
+        wanted = {"type": "json_schema", "name": "x"} | ({"schema": schema} if schema else {})
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, text={"format": wanted})
+        assert caught.value.param == "text.format.schema"
+        assert "sampling" not in caught.value.message
+
+
+def test_what_is_too_long_is_the_input(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, input="one two " * 300)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")
+
+
 @pytest.mark.parametrize("asked", [{"background": True}, {"conversation": "c"}, {"truncation": "auto"},
-                                   {"input": [{"type": "computer_call"}]}, {"input": []}])  # fmt: skip
+                                   {"input": [{"type": "computer_call"}]}, {"input": []},
+                                   {"input": [{"role": "user", "content": "Hi"},
+                                              {"type": "item_reference", "id": "m"}]}])  # fmt: skip
 def test_what_is_not_there_is_refused(client, asked):
     """With 400 and the parameter's name."""
     with pytest.raises(openai.BadRequestError) as caught:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 
+import openai
 import pytest
 
 from nestling.core.types import Message, PromptRow
@@ -101,6 +102,24 @@ def test_one_call_at_a_time(client):
     assert choice.finish_reason == "tool_calls"
 
 
+def allowed(mode: str, *names: str) -> dict:
+    """The official API's choice of some of the tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_a_choice_may_leave_some_of_the_tools(client):
+    """Only those are on offer, to be called at once or not."""
+    tools = [CALCULATOR, OTHER]
+    [call] = ask(client, tools=tools, tool_choice=allowed("required", "look_up")).choices[0].message.tool_calls
+    assert call.function.name == "look_up"
+    [call] = ask(client, tools=tools, tool_choice=allowed("auto", "calculator")).choices[0].message.tool_calls
+    assert call.function.name == "calculator"
+    assert ask(client, tools=tools, tool_choice=allowed("auto")).choices[0].message.content == "Five, I think."
+    with pytest.raises(openai.BadRequestError, match="no 'function paint' in tools"):
+        ask(client, tools=tools, tool_choice=allowed("auto", "paint"))
+
+
 # ---- tools that the service runs ----
 
 
@@ -134,6 +153,34 @@ def test_a_request_may_pick_from_the_services_tools(own, client):
     assert ask(own, tools=[]).choices[0].message.content == "Five, I think."
     with pytest.raises(Exception, match="no tool 'calculator'"):
         ask(client, tools=[{"type": "calculator"}])
+
+
+def test_a_choice_may_leave_the_services_own(own):
+    """Which is run as if it were the only tool."""
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "calculator"}]}}
+    assert ask(own, tools=[OTHER, {"type": "calculator"}], tool_choice=choice).choices[0].message.content == "It is 5."
+
+
+def test_runs_are_limited_by_calls(model, tokenizer):
+    """Of a turn with several calls those are run that are left; where none is, the model can only say something."""
+    call = '<tool_call> "{\\"name\\": \\"calculator\\", \\"arguments\\": {\\"expression\\": \\"2 + 3\\"}}" </tool_call>'
+
+    async def talk(most: int, grammar: str | None = None) -> list[str]:
+        served = Served(
+            "tiny", Driver(Engine(model, tokenizer, rows=2)), tokenizer, toolbox=Toolbox.open({"calculator": {}})
+        )
+        sampling = Sampling(temperature=0, constraint={"grammar": grammar} if grammar else None)
+        question = Question((Message(role="user", content=ASK[0]["content"]),), sampling,
+                            offer=Offer(own=("calculator",)), max_runs=most)  # fmt: skip
+        served.driver.start()
+        kinds = [delta.kind async for deltas in Answer(served, question) for delta in deltas]
+        await served.driver.stop()
+        return kinds
+
+    thrice = f"start: {call} {call} {call} <|im_end|>"
+    assert asyncio.run(talk(3, thrice)) == ["run"] * 3 + ["result"] * 3
+    assert asyncio.run(talk(2, thrice)) == ["run"] * 2 + ["result"] * 2
+    assert set(asyncio.run(talk(0))) == {"text"}
 
 
 def test_the_clients_tools_go_before(own):
@@ -202,7 +249,7 @@ def test_slow_tools_keep_nobody_waiting(model, tokenizer):
         answer = Answer(served, question)
         async for _ in answer:
             pass
-        return answer.message().content
+        return answer.message.content
 
     assert asyncio.run(talk()) == ["Hello! How can I help you today?", "It is 5."]
 

@@ -12,8 +12,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
+from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
 from nestling.core.types import Message, ToolCall
 from nestling.generation.chat import MALFORMED
@@ -53,12 +55,17 @@ class Question:
     effort: str | None = None
     """A key of EFFORTS; None leaves thinking to the model."""
     rounds: int = 4
+    max_runs: int | None = None
+    """Calls that the service runs, over all rounds; later ones are left out."""
     tool_seconds: float = 30.0
     opens_thought: bool = False
     guard: Guard | None = None
-    """Judges the reply on its way."""
+    """Judges what is asked, and the reply on its way."""
     key: str = ""
     """Who asks; for the guard."""
+    said: str = "messages"
+    form: str = ""
+    """The client's names for the conversation and for what the text must be, where it is not `constraint`."""
 
     def prompt(self, served: Served) -> list[int]:
         """The ids that the model goes on from."""
@@ -66,15 +73,17 @@ class Question:
         if self.offer.functions and not tokenizer.takes_tools:
             what = "this model's chat template knows no tools; ask without them"
             raise ApiError(what, code="unsupported_parameter", param="tools")
-        if self.opened and self.opened not in tokenizer.special:
-            what = f"this model has no token {self.opened}, which this request needs at the beginning of the reply"
-            raise ApiError(what, code="unsupported_parameter", param="tool_choice" if self.offer.forced else "reasoning")
+        if self.opens and self.opens not in tokenizer.special:
+            what = f"this model has no token {self.opens}, which this request needs at the beginning of the reply"
+            raise ApiError(
+                what, code="unsupported_parameter", param="tool_choice" if self.offer.forced else "reasoning"
+            )
         ids = render(tokenizer, self.messages, self.offer.told(tokenizer, served.toolbox), prompt=True).ids
-        return [*ids, tokenizer.id(self.opened)] if self.opened else ids
+        return ids if self.opens in ("", opened_by(tokenizer, ids)) else [*ids, tokenizer.id(self.opens)]
 
     @property
-    def opened(self) -> str:
-        """The control token with which the assistant's turn is begun for the model, if any."""
+    def opens(self) -> str:
+        """The control token with which the service begins the assistant's turn for the model, if any."""
         if self.offer.forced:
             return CALL_START
         return THINK_START if self.opens_thought and EFFORTS.get(self.effort or "", 0) else ""
@@ -96,7 +105,7 @@ class Answer:
         self.served, self.question, self.whole = served, question, whole
         self.prompt = question.prompt(served)
         if len(self.prompt) >= served.context:
-            raise too_long(len(self.prompt), served.context)
+            raise too_long(len(self.prompt), served.context, question.said)
         self.finish = "cancelled"
         """stop, length, tool_calls or content_filter once it has ended."""
         self.completion_tokens = self.thought_tokens = 0
@@ -107,8 +116,8 @@ class Answer:
         self._stream: Stream | None = None  # of the turn that is being written
         self._ids = list(self.prompt)
         self._calls = self._runs = 0  # calls for the client, runs of the service: told so far, over all turns
-        self._message = Message(role="assistant")  # the turn whose calls are run
-        self._last: Completion | None = None
+        self.message = Message(role="assistant")
+        """The last turn as the renderer takes it; `steps` are the turns before."""
         self._hidden = False  # whether the call that is being read is the service's own
 
     async def begin(self) -> None:
@@ -118,7 +127,13 @@ class Answer:
             UserError: the engine refuses it.
             ApiError: the model is overloaded or has stopped.
         """
-        self._stream = await self._submit(0, self.question.opened)
+        try:
+            self._stream = await self._submit(0)
+        except UserError as error:
+            place = "tools" if self.question.offer.forced else self.question.form
+            if not place or not str(error.where).startswith("sampling.constraint"):
+                raise
+            raise ApiError.of(UserError(error.what, where=place, value=error.value, fix=error.fix)) from None
 
     def close(self) -> None:
         """Give the answer up if it is not done."""
@@ -127,28 +142,23 @@ class Answer:
 
     async def __aiter__(self) -> AsyncGenerator[list[Delta], None]:
         """Deltas as they come, judged where the question has a guard; raises as `begin`."""
-        if self.question.guard is None:
-            told, watched = self._deltas(), None
-        else:
-            watched = Watched(self.question.guard, self._deltas(), self.question.key)
-            told = watched.deltas()
-        async with aclosing(told) as batches:
+        watched = Watched(self.question.guard, self._deltas(), self.question.key)
+        async with aclosing(watched.told()) as batches:
             async for deltas in batches:
                 yield deltas
-        if watched is not None and watched.flagged:
+        if watched.flagged:
             self.finish = "content_filter"
 
     async def _deltas(self) -> AsyncGenerator[list[Delta], None]:
-        opened = self.question.opened
         try:
             for turn in range(self.question.rounds + 1):
                 if self._stream is None:
-                    self._stream = await self._submit(turn, opened)
-                async for deltas in self._turn(self._stream, Reader(opened)):
+                    self._stream = await self._submit(turn)
+                async for deltas in self._turn(self._stream, Reader(self._opened)):
                     yield deltas
-                completion, self._stream, opened = self._stream.completion, None, ""
+                completion, self._stream = self._stream.completion, None
                 assert completion is not None
-                self._last = completion
+                self.message = self._parsed(completion)
                 calls = self._calls_to_run(completion) if turn < self.question.rounds else ()
                 if not calls:
                     return
@@ -163,18 +173,34 @@ class Answer:
             self.close()
 
     @property
+    def sent(self) -> list[str]:
+        """All that the model is told and a client may have written: every turn, calls, definitions that it reads."""
+        question = self.question
+        shown = () if self.served.tokenizer.has_own_form else question.offer.functions
+        turns = [(turn.content, *(_json(call.arguments) for call in turn.tool_calls)) for turn in question.messages]
+        return [*(function.model_dump_json(exclude_none=True) for function in shown), *chain.from_iterable(turns)]
+
+    @property
     def _room(self) -> int:
         """Tokens that may still be written."""
         return min(self.question.sampling.max_tokens - self.completion_tokens, self.served.context - len(self._ids))
 
-    def message(self) -> Message:
-        """The last turn as the renderer takes it; `steps` are the turns before."""
-        ids = self._last.ids if self._last else []
-        opened = [self.served.tokenizer.id(self.question.opened)] if self.question.opened and not self.steps else []
-        return parse_reply(self.served.tokenizer, [*opened, *ids], self.question.offer.names)
+    @property
+    def _left(self) -> int | None:
+        """Calls that the service may still run; None for any number."""
+        return None if self.question.max_runs is None else self.question.max_runs - self._runs
 
-    async def _submit(self, turn: int, opened: str) -> Stream:
-        return await self.served.driver.submit(self._request(turn, opened), whole=self.whole)
+    @property
+    def _opened(self) -> str:
+        """The control token that has begun the turn, the service's or the chat template's, if any."""
+        return opened_by(self.served.tokenizer, self._ids)
+
+    def _parsed(self, completion: Completion) -> Message:
+        opened = [self.served.tokenizer.id(self._opened)] if self._opened else []
+        return parse_reply(self.served.tokenizer, [*opened, *completion.ids], self.question.offer.names)
+
+    async def _submit(self, turn: int) -> Stream:
+        return await self.served.driver.submit(self._request(turn), whole=self.whole)
 
     async def _turn(self, stream: Stream, reader: Reader) -> AsyncGenerator[list[Delta], None]:
         """One assistant turn; its tokens are counted at its end."""
@@ -188,13 +214,15 @@ class Answer:
             yield deltas
         self._count(stream.completion, reader)
 
-    def _request(self, turn: int, opened: str) -> Request:
+    def _request(self, turn: int) -> Request:
         """The next turn: what is left of max_tokens, what must not be written, where it ends."""
         question, tokenizer, sampling = self.question, self.served.tokenizer, self.question.sampling
         left = self._room
         share = EFFORTS.get(question.effort or "")
+        opened = self._opened
         calls = opened == CALL_START
-        bias = forbidden(tokenizer, self._ids, calls=bool(question.offer.names), thoughts=share != 0)
+        may_call = bool(question.offer.functions or (question.offer.own and self._left != 0))
+        bias = forbidden(tokenizer, self._ids, calls=may_call, thoughts=share != 0)
         changes = {
             "max_tokens": left,
             "min_tokens": min(sampling.min_tokens, left),
@@ -230,7 +258,7 @@ class Answer:
 
     def _count(self, completion: Completion, reader: Reader) -> None:
         self.completion_tokens += sum(completion.sampled)
-        if self._last is None:  # later turns share what the first one has just computed
+        if not self.steps:  # later turns share what the first one has just computed
             self.cached_tokens = completion.reused
         self.thought_tokens += reader.thought_tokens
         self.finish = "tool_calls" if reader.calls and completion.finish == "stop" else completion.finish
@@ -240,11 +268,10 @@ class Answer:
         offer, tokenizer = self.question.offer, self.served.tokenizer
         if not offer.own or not completion.ids or completion.ids[-1] not in tokenizer.turn_ends:
             return ()
-        self._message = parse_reply(tokenizer, completion.ids, offer.names)
-        calls = self._message.tool_calls
+        calls = self.message.tool_calls
         unread = completion.ids.count(tokenizer.special.get(CALL_START, -1)) - len(calls)
         theirs = {function.name for function in offer.functions}
-        return () if any(call.name in theirs for call in calls) else (*calls, *[UNREADABLE] * unread)
+        return () if any(call.name in theirs for call in calls) else (*calls, *[UNREADABLE] * unread)[: self._left]
 
     async def _run_all(self, calls: Sequence[ToolCall], completion: Completion) -> list[str]:
         """Run calls and put their results behind the turn."""
@@ -252,8 +279,9 @@ class Answer:
         answers = [Message(role="tool", content=text) for text in results]
         tokenizer, said = self.served.tokenizer, (*self.question.messages, *self.steps)
         tools = self.question.offer.told(tokenizer, self.served.toolbox)
-        self._ids += [*completion.ids, *between(tokenizer, said, self._message, answers, tools)]
-        self.steps += [self._message, *answers]
+        self._ids += [*completion.ids, *between(tokenizer, said, self.message, answers, tools)]
+        self.steps += [self.message, *answers]
+        self.message = Message(role="assistant")
         self._runs += len(calls)
         return results
 
@@ -279,10 +307,17 @@ def forbidden(tokenizer: Tokenizer, prompt: Sequence[int], *, calls: bool, thoug
 
     A thought that the chat template has opened at the end of the prompt may end all the same.
     """
-    marks = {tokenizer.special.get(name): name for name in (THINK_START, THINK_END)}
-    opened = next((marks[id] for id in reversed(prompt) if id in marks), "") == THINK_START
-    names = [CALL_START] * (not calls) + [THINK_START] * (not thoughts) + [THINK_END] * (not thoughts and not opened)
+    may_end = thoughts or opened_by(tokenizer, prompt) == THINK_START
+    names = [CALL_START] * (not calls) + [THINK_START] * (not thoughts) + [THINK_END] * (not may_end)
     return {tokenizer.special[name]: NEVER for name in names if name in tokenizer.special}
+
+
+def opened_by(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """The control token of the call or thought within which a prompt ends; empty for none."""
+    marks = {tokenizer.special.get(name): name for name in (CALL_START, CALL_END, THINK_START, THINK_END)}
+    marks |= dict.fromkeys(tokenizer.turn_ends, "")
+    last = next((marks[id] for id in reversed(prompt) if id in marks), "")
+    return last if last in (CALL_START, THINK_START) else ""
 
 
 class ThoughtLimit:
@@ -315,11 +350,14 @@ def choices(served: Served, question: Question, count: int, *, whole: bool) -> l
 
 
 async def begin_all(answers: Sequence[Answer]) -> None:
-    """Begin all answers, or none.
+    """Begin all answers to a question, or none.
 
     Raises:
-        UserError, ApiError: as `Answer.begin`.
+        UserError, ApiError: as `Answer.begin`; the question is flagged.
     """
+    question = answers[0].question
+    if question.guard is not None:
+        await question.guard.admit(answers[0].sent, question.key, question.said)
     begun = False
     try:
         await all_or_first_error(answer.begin() for answer in answers)

@@ -1,4 +1,4 @@
-"""Who answers a request: the model it names or the router's choice for "auto", and whether it is answered at all."""
+"""Who answers a request: the model it names, or the router's choice for "auto"."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastapi import Request
-
 from nestling.core.errors import UserError
 from nestling.core.types import Message
 from nestling.serving.answering import Question
 from nestling.serving.errors import ApiError
-from nestling.serving.guarding import Guard
 from nestling.serving.models import AUTO, Models, Served
 
 THINKING = "medium"
@@ -34,20 +31,6 @@ class Chosen:
         wanted = question.effort or (THINKING if self.effort == "thinking" else "none")
         opens = question.opens_thought or self.effort == "thinking"
         return replace(question, offer=replace(question.offer, own=own), effort=wanted, opens_thought=opens)
-
-
-async def guarded(request: Request, question: Question) -> Question:
-    """The question with the service's guard, once the guard has let it in.
-
-    Raises:
-        ApiError: what is asked is flagged.
-    """
-    guard: Guard | None = request.app.state.guard
-    if guard is None:
-        return question
-    key: str = request.state.record.key
-    await guard.admit(question.messages, key)
-    return replace(question, guard=guard, key=key)
 
 
 def choose(state: Any, name: str, messages: Sequence[Message], *, tools: bool = True) -> Chosen:

@@ -224,11 +224,8 @@ class Driver:
             if pieces or running.completion is not None:
                 news.append((stream, pieces, running.completion))
         if news:
-            self._tell(news)
-
-    def _tell(self, news: list[tuple[Stream, list[Piece], Completion | None]]) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._deliver, news)
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._deliver, news)
 
     def _deliver(self, news: list[tuple[Stream, list[Piece], Completion | None]]) -> None:
         for stream, pieces, completion in news:

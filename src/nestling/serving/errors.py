@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 
 from nestling.core.errors import UserError
+from nestling.serving.store.records import Conflict, Missing
 
 INVALID = "invalid_request_error"
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error",
@@ -52,14 +54,9 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        code: str | None = None,
-        param: str | None = None,
+        self, message: str, *, status: int = 400, code: str | None = None, param: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.message, self.status, self.code, self.param = message, status, code, param
         self.headers = dict(headers or {})
@@ -68,7 +65,7 @@ class ApiError(Exception):
     def of(cls, error: UserError, *, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
         """A mistake in a request that other folders found; `where` names the parameter unless given."""
         place = None if error.where is None else str(error.where).removeprefix("sampling.")
-        return cls(str(error), param=param or place, code=code)
+        return cls(str(error).removeprefix("sampling."), param=param or place, code=code)
 
     @property
     def body(self) -> dict[str, Any]:
@@ -90,23 +87,46 @@ def unsupported(param: str, what: str) -> ApiError:
     return ApiError(f"{param}: {what}", param=param, code="unsupported_parameter")
 
 
+def lacking(param: str) -> ApiError:
+    """A field that the request must have.
+
+    >>> lacking("tools[0].name").message
+    'tools[0].name: this field is required'
+    """
+    return ApiError(f"{param}: this field is required", param=param, code="missing_required_parameter")
+
+
+REPORTED = (ApiError, UserError, IntegrityError, OperationalError, InterfaceError, NoConnection)
+"""What goes wrong in a service that works as it should: a wrong request, or a store that is changed by others or gone."""
+
+
+def answer_for(error: Exception) -> ApiError:
+    """The answer that one of `REPORTED` becomes."""
+    match error:
+        case ApiError():
+            return error
+        case Missing():
+            return ApiError(str(error), status=404, code="not_found")
+        case Conflict():
+            return ApiError(str(error), status=409, code="conflict")
+        case UserError():
+            return ApiError.of(error)
+        case IntegrityError():
+            return ApiError("somebody else has just changed this; try again", status=409, code="conflict")
+    return ApiError("the store can't be reached; try again", status=503, code="store_unavailable")
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of an app in OpenAI's shape."""
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(UserError, _user_error)
+    for kind in REPORTED:
+        app.add_exception_handler(kind, _reported)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _crash)
 
 
-async def _api_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def _user_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, UserError)
-    return ApiError.of(error).response()
+async def _reported(request: Request, error: Exception) -> JSONResponse:
+    return answer_for(error).response()
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -145,7 +165,8 @@ def explain(found: Sequence[Mapping[str, Any]]) -> ApiError:
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = f"{message[:1].lower()}{message[1:]}"
     if first["type"] == "json_invalid":
-        return ApiError(f"the body is not JSON: {message}", code="invalid_json")
+        what = f"the body is not JSON: {str(cause).lower()} (character {first['loc'][-1]})"
+        return ApiError(what, code="invalid_json")
     code = VALIDATION_CODES.get(first["type"], "invalid_type" if "type" in first["type"] else "invalid_value")
     return ApiError(f"{place}: {message}" if place else message, param=place, code=code)
 
@@ -159,8 +180,3 @@ def _place(location: tuple[int | str, ...]) -> str | None:
         elif FIELD.fullmatch(part) and part not in FORMS:
             text += f".{part}" if text else part
     return text or None
-
-
-def dump(error: ApiError) -> str:
-    """The error as one line of JSON, for a stream that has already begun."""
-    return json.dumps(error.body, ensure_ascii=False)

@@ -1,5 +1,8 @@
 """The moderation model before and after the chat model: what is asked is judged, what is answered is judged on its way.
 
+All that a client sends for a model to read is judged, whoever is said to have said it: nobody knows who wrote the turns
+of an assistant or a tool in a history. A text that was judged lately is not judged again.
+
 A reply is told in parts, each after it has been judged together with all that came before; so a stream is late by one
 part, and of a reply that is cut off nothing flagged was seen.
 """
@@ -7,21 +10,28 @@ part, and of a reply that is cut off nothing flagged was seen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from copy import copy
+from typing import Any, Generic, Literal, TypeVar
 
-from nestling.core.types import Message
+from nestling.generation.sequence import Piece
 from nestling.serving.errors import ApiError
 from nestling.serving.moderation import Moderator
+from nestling.serving.moderation import Verdict as Judged
 from nestling.serving.protocol.deltas import Delta
 from nestling.serving.store.records import Verdict
 from nestling.serving.store.store import Store
 
 Keep = Callable[[str, Verdict], None]
+Told = TypeVar("Told", Delta, Piece)
+NAME = "nestling-moderation"
+"""Of the moderation model, told with its verdicts."""
 PART = 160
 """Characters of a reply that are judged, and told, at once."""
-READABLE = ("text", "thought", "arguments")
+KNOWN = 4096
+"""Verdicts on texts of requests that are remembered, by the texts' hashes."""
 
 
 class Guard:
@@ -30,68 +40,97 @@ class Guard:
     Args:
         moderator: the model.
         keep: takes the key's name and a verdict; called in a thread.
-        name: of the moderation model, told with its verdicts.
-        clean: keep verdicts that do not flag, too.
+        clean: keep verdicts that do not flag, too: those on replies, and of a request's texts on the last one.
     """
 
-    def __init__(
-        self, moderator: Moderator, keep: Keep | None = None, *, name: str = "moderation", clean: bool = False
-    ) -> None:
-        self._moderator, self._keep, self._name, self._clean = moderator, keep, name, clean
+    def __init__(self, moderator: Moderator, keep: Keep | None = None, *, clean: bool = False) -> None:
+        self._moderator, self._keep, self._clean = moderator, keep, clean
+        self._known: dict[bytes, Judged] = {}  # verdicts on texts of requests, the latest last
 
     def keeping(self, keep: Keep) -> Guard:
         """The same guard with another place for its verdicts, all of them: they are on messages, which are kept anyway."""
-        return Guard(self._moderator, keep, name=self._name, clean=True)
+        other = copy(self)
+        other._keep, other._clean = keep, True
+        return other
 
-    async def admit(self, messages: Sequence[Message], key: str) -> None:
-        """Judge the last thing that a user said.
+    async def admit(self, texts: Sequence[str], key: str, param: str = "messages") -> None:
+        """Judge the texts of a request.
 
         Raises:
-            ApiError: it is flagged.
+            ApiError: one of them is flagged.
         """
-        asked = [message.content for message in messages if message.role == "user"][-1:]
-        if asked and (flagged := await self.flags(asked[0], "input", key)):
-            what = f"the message was not answered: it is judged to be {flagged}"
-            raise ApiError(what, code="content_policy_violation", param="messages")
+        verdicts = await self._on(texts)
+        for text, verdict in verdicts.items():
+            if verdict.flagged or text == texts[-1]:
+                await self._note(text, verdict, "input", key)
+        if flagged := _over(verdicts.values()):
+            what = f"the request was not answered: a text in it is judged to be {flagged}"
+            raise ApiError(what, code="content_policy_violation", param=param)
 
-    async def flags(self, text: str, direction: Literal["input", "output"], key: str) -> str:
-        """The categories that a text is flagged for, joined; empty for none."""
+    async def flags(self, text: str, key: str) -> str:
+        """The categories that a reply is flagged for, joined; empty for none."""
         [verdict] = await asyncio.to_thread(self._moderator.judge, [text])
+        await self._note(text, verdict, "output", key)
+        return _over([verdict])
+
+    async def _on(self, texts: Iterable[str]) -> dict[str, Judged]:
+        """The verdict on each text, those that are not known from one batch."""
+        marks = {text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest() for text in texts if text}
+        found = {text: self._known.pop(mark) for text, mark in marks.items() if mark in self._known}
+        new = [text for text in marks if text not in found]
+        found |= zip(new, await asyncio.to_thread(self._moderator.judge, new) if new else (), strict=True)
+        self._known |= {marks[text]: verdict for text, verdict in found.items()}
+        while len(self._known) > KNOWN:
+            del self._known[next(iter(self._known))]
+        return {text: found[text] for text in marks}
+
+    async def _note(self, text: str, verdict: Judged, direction: Literal["input", "output"], key: str) -> None:
         if self._keep is not None and (verdict.flagged or self._clean):
-            row = Verdict(direction=direction, moderator=self._name, flagged=verdict.flagged, text=text,
+            row = Verdict(direction=direction, moderator=NAME, flagged=verdict.flagged, text=text,
                           categories=verdict.categories, scores=verdict.scores)  # fmt: skip
             await asyncio.to_thread(self._keep, key, row)
-        return ", ".join(name for name, over in verdict.categories.items() if over)
 
 
-class Watched:
-    """The deltas of a reply, held back until they are judged; ends early, with `flagged` set, where they are flagged."""
+def _over(verdicts: Iterable[Judged]) -> str:
+    """The categories in which texts are flagged, joined."""
+    return ", ".join(dict.fromkeys(name for one in verdicts for name, over in one.categories.items() if over))
 
-    def __init__(self, guard: Guard, batches: AsyncGenerator[list[Delta], None], key: str) -> None:
+
+class Watched(Generic[Told]):
+    """What a reply is told in, held back until it is judged; ends early, with `flagged` set, where it is flagged.
+
+    Args:
+        guard: None lets everything pass.
+        batches: closed at the end.
+        key: who asks.
+    """
+
+    def __init__(self, guard: Guard | None, batches: AsyncGenerator[list[Told], None], key: str) -> None:
         self.flagged = ""
         """The categories."""
-        self._guard, self._batches, self._key = guard, batches, key
+        self._guard, self._key = guard, key
+        self._batches: AsyncGenerator[list[Told], None] = batches
         self._text = ""
         self._judged = 0
-        self._held: list[Delta] = []
+        self._held: list[Told] = []
 
-    async def deltas(self) -> AsyncGenerator[list[Delta], None]:
+    async def told(self) -> AsyncGenerator[list[Told], None]:
         """What may be told."""
         async with aclosing(self._batches) as batches:
             async for batch in batches:
                 self._held += batch
-                self._text += "".join(delta.text for delta in batch if delta.kind in READABLE)
-                if len(self._text) - self._judged >= PART and (told := await self._release()):
+                self._text += "".join(one.text for one in batch)
+                if (self._guard is None or len(self._text) - self._judged >= PART) and (told := await self._release()):
                     yield told
                 if self.flagged:
                     return
             if told := await self._release():
                 yield told
 
-    async def _release(self) -> list[Delta]:
+    async def _release(self) -> list[Told]:
         """What was held back, if all of the text may be told."""
-        if self._judged < len(self._text):
-            self.flagged = await self._guard.flags(self._text, "output", self._key)
+        if self._guard is not None and self._judged < len(self._text):
+            self.flagged = await self._guard.flags(self._text, self._key)
             self._judged = len(self._text)
         told, self._held = self._held, []
         return [] if self.flagged else told

@@ -62,12 +62,6 @@ class Moderator:
             raise UserError("no moderation model here", where=folder, fix=fix)
         return cls(checkpoint.load_classifier(place, device))
 
-    @property
-    def never_trained(self) -> list[str]:
-        """Categories whose score is always 0, because no text was ever labelled with them."""
-        pairs = zip(self.categories, self._calibrations, strict=True)
-        return [name for name, calibration in pairs if not calibration.trained]
-
     def judge(self, texts: Sequence[str]) -> list[Verdict]:
         """The verdict on each text."""
         if not texts:

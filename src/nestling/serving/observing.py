@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -65,27 +66,13 @@ class Observer:
         self._log = logging.getLogger(LOG)
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_Load(models))
-        self._requests = Counter(
-            "nestling_requests", "Requests by path and status.", ("route", "status"), registry=self.registry
-        )
-        self._tokens = Counter(
-            "nestling_tokens", "Tokens by model and kind.", ("model", "kind"), registry=self.registry
-        )
-        self._finishes = Counter("nestling_finishes", "Why replies ended.", ("model", "reason"), registry=self.registry)
-        self._seconds = Histogram(
-            "nestling_request_seconds",
-            "Time to the end of the answer.",
-            ("route",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._first = Histogram(
-            "nestling_first_token_seconds",
-            "Time to the first token.",
-            ("model",),
-            buckets=SECONDS,
-            registry=self.registry,
-        )
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        self._requests = counter("nestling_requests", "Requests by path and status.", ("route", "status"))
+        self._tokens = counter("nestling_tokens", "Tokens by model and kind.", ("model", "kind"))
+        self._finishes = counter("nestling_finishes", "Why replies ended.", ("model", "reason"))
+        self._seconds = histogram("nestling_request_seconds", "Time to the end of the answer.", ("route",))
+        self._first = histogram("nestling_first_token_seconds", "Time to the first token.", ("model",))
 
     def begin(self, scope: Scope) -> Record:
         """A record with the client's request id, or a fresh one."""

@@ -21,11 +21,20 @@ from pygments.formatters.html import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from nestling.serving.formulas import formulas
+
 TAGS = {
     "a", "blockquote", "br", "code", "del", "em", "h1", "h2", "h3", "h4", "h5", "h6", "hr", "li", "ol", "p", "pre", "s",
     "span", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+    "math", "menclose", "mfrac", "mi", "mmultiscripts", "mn", "mo", "mover", "mpadded", "mphantom", "mroot", "mrow", "mspace",
+    "msqrt", "mstyle", "msub", "msubsup", "msup", "mtable", "mtd", "mtext", "mtr", "munder", "munderover",
 }  # fmt: skip
-ATTRIBUTES = {"a": {"href", "title"}, "ol": {"start"}} | {tag: {"class"} for tag in ("code", "span", "td", "th")}
+ATTRIBUTES = {
+    "a": {"href", "title"}, "ol": {"start"}, **{tag: {"class"} for tag in ("code", "span", "td", "th")},
+    "math": {"display"}, "mfrac": {"linethickness"}, "mi": {"mathvariant"}, "mspace": {"width"}, "mtd": {"columnalign"},
+    "mstyle": {"displaystyle", "scriptlevel"}, "menclose": {"notation"}, "mover": {"accent"}, "munder": {"accentunder"},
+    "mo": {"accent", "fence", "form", "lspace", "maxsize", "minsize", "movablelimits", "rspace", "separator", "stretchy"},
+}  # fmt: skip
 SCHEMES = {"http", "https", "mailto"}
 SHARE = 1 / 10
 """Of the time, that rendering growing replies may take."""
@@ -81,9 +90,9 @@ class Progressive:
 
 @lru_cache(maxsize=1)
 def _markdown() -> MarkdownIt:
-    """CommonMark with tables and strikethrough, without pictures and HTML."""
+    """CommonMark with tables, strikethrough and formulas, without pictures and HTML."""
     settings = {"html": False, "breaks": True, "highlight": _highlight, "langPrefix": "language-"}
-    markdown = MarkdownIt("commonmark", settings).enable(["table", "strikethrough"]).disable("image")
+    markdown = MarkdownIt("commonmark", settings).enable(["table", "strikethrough"]).disable("image").use(formulas)
     markdown.core.ruler.push("alignment", _align_by_class)
     return markdown
 

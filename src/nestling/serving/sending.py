@@ -12,8 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nestling.core.errors import UserError
-from nestling.serving.errors import ApiError, dump
+from nestling.serving.errors import REPORTED, answer_for
 
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
@@ -31,7 +30,6 @@ class EventStream(Response):
 
     Args:
         batches: lists of events, each an object (`data:`) or a pair of event name and object. Closed when the client goes.
-        first: events that go out with the headers; what must fail before the headers has failed by then.
         stall_seconds: a client that takes nothing for so long is cut off.
         done: end with `data: [DONE]`.
     """
@@ -39,12 +37,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, batches: AsyncGenerator[Sequence[Any], None], *, first: Sequence[Any] = (), stall_seconds: float = 60.0,
-        done: bool = True,
-    ) -> None:  # fmt: skip
+        self, batches: AsyncGenerator[Sequence[Any], None], *, stall_seconds: float = 60.0, done: bool = True
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._batches, self._first, self._stall, self._done = batches, first, stall_seconds, done
+        self._batches, self._stall, self._done = batches, stall_seconds, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop where the client has gone."""
@@ -56,15 +53,11 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._batches) as batches:
-            if self._first:
-                await self._send(send, "".join(map(event, self._first)))
             try:
                 async for batch in batches:
                     await self._send(send, "".join(map(event, batch)))
-            except ApiError as error:
-                await self._send(send, f"data: {dump(error)}\n\n")
-            except UserError as error:
-                await self._send(send, f"data: {dump(ApiError.of(error))}\n\n")
+            except REPORTED as error:
+                await self._send(send, event(answer_for(error).body))
             if self._done:
                 await self._send(send, DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

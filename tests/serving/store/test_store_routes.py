@@ -20,9 +20,9 @@ from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
 from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
+from nestling.serving.errors import answer_for
 from nestling.serving.models import Models, Served
 from nestling.serving.moderation import Verdict
-from nestling.serving.routes._opened import answer_for
 from nestling.serving.settings import Key, ServeSettings
 from nestling.serving.store.store import Store
 from nestling.tokenizer.bpe import Tokenizer

@@ -35,21 +35,24 @@ function standings(rows) {
   const high = Math.max(...rows.map((row) => row.high));
   const place = (rating) => `${(100 * (rating - low)) / Math.max(high - low, 1)}%`;
   const names = ["rank", "model", "rating", "interval", "games", "wins", "ties", "losses"];
-  const heads = names.map((name) => h("th", { scope: "col", class: name, text: t(`arena_${name}`) }));
-  return h("div", { class: "wide", tabindex: "0" }, h("table", { class: "standings", testid: "arena-table" },
-    h("thead", {}, h("tr", {}, ...heads)),
-    h("tbody", {}, ...rows.map((row, index) => standing(row, index + 1, place)))));
+  const heads = names.map((name) => h("th", { scope: "col", role: "columnheader", class: name, text: t(`arena_${name}`) }));
+  // The roles are those of the elements, which lose them where a narrow screen lays rows out as cards.
+  return h("table", { class: "standings", role: "table", testid: "arena-table" },
+    h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ...heads)),
+    h("tbody", { role: "rowgroup" }, ...rows.map((row, index) => standing(row, index + 1, place))));
 }
 
 function standing(row, rank, place) {
-  const bar = h("span", { class: "interval", title: `${decimal(row.low)} – ${decimal(row.high)}` }, h("i"), h("b"));
+  const between = `${decimal(row.low)} – ${decimal(row.high)}`;
+  const bar = h("span", { class: "interval", title: between }, h("i"), h("b"));
   bar.style.setProperty("--low", place(row.low));
   bar.style.setProperty("--high", place(row.high));
   bar.style.setProperty("--at", place(row.rating));
-  const number = (value) => h("td", { class: "number", text: decimal(value) });
-  return h("tr", { testid: "arena-row", data: { model: row.model } }, number(rank),
-    h("th", { scope: "row", text: row.model }),
-    h("td", { class: "number strong", text: decimal(row.rating) }),
-    h("td", {}, bar, h("span", { class: "range", text: `${decimal(row.low)} – ${decimal(row.high)}` })),
-    number(row.games), number(row.wins), number(row.ties), number(row.losses));
+  const cell = (name, ...children) =>
+    h("td", { role: "cell", class: `number ${name}`, data: { label: t(`arena_${name}`) } }, ...children);
+  const range = h("span", { class: "range", data: { label: t("arena_interval") }, text: between });
+  return h("tr", { role: "row", testid: "arena-row", data: { model: row.model } }, cell("rank", decimal(rank)),
+    h("th", { scope: "row", role: "rowheader", text: row.model }), cell("rating", decimal(row.rating)),
+    cell("interval", bar, range),
+    ...["games", "wins", "ties", "losses"].map((name) => cell(name, decimal(row[name]))));
 }

@@ -242,7 +242,7 @@ class Chat {
     const retry = { label: t("retry"), testid: "retry", run: () => this.answer(question.id) };
     const { failure, live } = this.failed?.parent === question.id ? this.failed : {};
     const said = problem(failure ?? { message: t("no_reply") }, [retry]);
-    return live?.text ? h("div", {}, live.element, said) : said;
+    return live?.text ? h("div", { class: "body" }, live.element, said) : said;
   }
 
   isNearEnd() {

@@ -52,16 +52,20 @@ function edit(element, message, send) {
   field.focus();
 }
 
+/** What a stored reply is made of: what was not read for it, its thought, its calls, `text`, and why it ended there. */
+export function replyParts(message, text) {
+  const parts = [...stepParts(message.steps), text];
+  if (message.thinking) parts.unshift(thoughtPart(message.thinking).element);
+  if (message.forgotten) parts.unshift(notice(t("forgotten", { n: message.forgotten })));
+  const ending = ENDINGS[message.finish];
+  if (ending) parts.push(notice(t(ending)));
+  else if (!message.content) text.append(h("span", { class: "muted", text: t("empty_reply") }));
+  return parts;
+}
+
 function answer(message, variants, acts) {
   const text = textPart(htmlOf(message), message.content);
-  const body = h("div", { class: "body" });
-  if (message.reply?.forgotten) body.append(notice(t("forgotten", { n: message.reply.forgotten })));
-  if (message.thinking) body.append(thoughtPart(message.thinking).element);
-  body.append(...stepParts(message.steps));
-  body.append(text);
-  const ending = ENDINGS[message.reply?.finish];
-  if (ending) body.append(notice(t(ending)));
-  else if (!message.content) text.append(h("span", { class: "muted", text: t("empty_reply") }));
+  const body = h("div", { class: "body" }, ...replyParts(message, text));
   return article(message, t("assistant"), body, answerBar(message, text, variants, acts));
 }
 

@@ -73,6 +73,7 @@ export function modelSelect({ label, testid, auto = true, changed = () => {} }) 
   };
   const fill = () => {
     select.replaceChildren(...chatModels({ auto }).map(option));
+    select.hidden = !select.length; // nothing to choose from, as long as no key is given
     choose();
   };
   select.addEventListener("change", () => {

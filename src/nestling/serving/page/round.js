@@ -8,7 +8,8 @@ import { h } from "./dom.js";
 import { t } from "./i18n.js";
 import { Live } from "./live.js";
 import { htmlOf, keepHtml, renderAll } from "./markdown.js";
-import { problem, stepParts, textPart, thoughtPart } from "./parts.js";
+import { replyParts } from "./message.js";
+import { problem, textPart } from "./parts.js";
 
 const SIDES = ["a", "b"];
 const CHOICES = ["a", "b", "tie", "both_bad"];
@@ -128,10 +129,8 @@ export class Round {
       this.showFailure(side, { message: t("compare_missing") });
       return;
     }
-    const parts = [...stepParts(message.steps), textPart(htmlOf(message), message.content)];
-    if (message.thinking) parts.unshift(thoughtPart(message.thinking).element);
-    if (!message.content) parts.push(h("span", { class: "muted", text: t("empty_reply") }));
-    this.columns[side].body.replaceChildren(...parts);
+    const text = textPart(htmlOf(message), message.content);
+    this.columns[side].body.replaceChildren(...replyParts(message, text));
   }
 
   showFailure(side, failure) {

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nestling.generation.sequence import TokenLog
-from nestling.serving.errors import ApiError, unsupported
+from nestling.serving.errors import ApiError, lacking, unsupported
 from nestling.serving.protocol.decoding import Decoding
 from nestling.serving.protocol.deltas import Delta
 from nestling.serving.protocol.logprobs import chat_logprobs
@@ -18,6 +18,9 @@ from nestling.serving.protocol.tools import Tool, ToolChoice
 from nestling.tokenizer.bpe import Tokenizer
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Form = Literal["text", "json_object", "json_schema"]
+FORM = "response_format.json_schema.schema"
+"""Where a request says what the text must be."""
 
 
 class JsonSchema(BaseModel):
@@ -32,29 +35,24 @@ class JsonSchema(BaseModel):
 class ResponseFormat(BaseModel):
     """What the text must be."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Form
     json_schema: JsonSchema | None = None
 
     @property
     def constraint(self) -> dict[str, Any] | None:
         """As the engine takes it."""
-        if self.type == "json_object":
-            return {"json_object": True}
-        if self.type == "text":
-            return None
-        return json_constraint(self.json_schema.schema_ if self.json_schema else None)
+        return constraint_of(self.type, self.json_schema.schema_ if self.json_schema else None, FORM)
 
 
-def json_constraint(schema: dict[str, Any] | None) -> dict[str, Any]:
-    """The constraint of a given JSON schema.
+def constraint_of(form: Form, schema: dict[str, Any] | None, param: str) -> dict[str, Any] | None:
+    """What text of a form must be, as the engine takes it.
 
     Raises:
-        ApiError: there is none.
+        ApiError: the form is of a JSON schema, and there is none.
     """
-    if schema is None:
-        place = "response_format.json_schema.schema"
-        raise ApiError(f"{place}: this field is required", param=place, code="missing_required_parameter")
-    return {"json_schema": schema}
+    if form == "json_schema" and schema is None:
+        raise lacking(param)
+    return {"text": None, "json_object": {"json_object": True}, "json_schema": {"json_schema": schema}}[form]
 
 
 class StreamOptions(BaseModel):
@@ -65,31 +63,37 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class ChatRequest(Decoding):
-    """Create a chat completion. Fields under "has no effect" are accepted, since common clients send them."""
+class TalkRequest(Decoding):
+    """What requests of chat and of responses share. Fields under "has no effect" are accepted: common clients send them."""
 
     model: str
-    messages: Messages
     stream: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    # has no effect
+    user: str | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class ChatRequest(TalkRequest):
+    """Create a chat completion."""
+
+    messages: Messages
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     # has no effect
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     verbosity: str | None = None
     prediction: dict[str, Any] | None = None
     # refused
@@ -142,7 +146,9 @@ class ChatWriter(Writer):
 
     tokenizer: Tokenizer = field(kw_only=True)
 
-    def chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+    def chunk(
+        self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
         """One chunk of a stream."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return self._head("chat.completion.chunk", [choice]) | ({"usage": None} if self.include_usage else {})

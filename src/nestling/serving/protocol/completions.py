@@ -43,9 +43,8 @@ class CompletionRequest(Decoding):
         if self.suffix is not None:
             raise unsupported("suffix", "this model writes from left to right; it cannot fill a gap")
         if self.max_tokens == 0 and not self.echo:
-            raise ApiError(
-                "max_tokens: 0 needs echo, else nothing would be told", param="max_tokens", code="invalid_value"
-            )
+            what = "max_tokens: 0 needs echo, else nothing would be told"
+            raise ApiError(what, param="max_tokens", code="invalid_value")
         if self.best_of is not None and (self.stream or self.best_of < (self.n or 1)):
             what = "best_of: cannot be streamed" if self.stream else "best_of: must be at least n"
             raise ApiError(what, param="best_of", code="invalid_value")
@@ -84,12 +83,8 @@ class TextWriter(Writer):
 
     def choice(self, index: int, text: str, logprobs: TextLogprobs, finish: str | None = None) -> dict[str, Any]:
         """One entry of `choices`."""
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs.told if self.logprobs else None,
-            "finish_reason": finish,
-        }
+        told = logprobs.told if self.logprobs else None
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": finish}
 
     def chunk(self, index: int, text: str, logprobs: TextLogprobs, finish: str | None = None) -> dict[str, Any]:
         """One chunk of a stream, with the logprobs that no chunk has told yet."""

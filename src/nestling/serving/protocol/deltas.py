@@ -94,7 +94,7 @@ class Reader:
             yield Delta("text", piece.text, tokens=piece.tokens)
 
     def _control(self, piece: Piece) -> Iterator[Delta]:
-        """Control tokens open and close; one that does neither is spelled."""
+        """Control tokens open and close; one that does neither is spelled, but for a </think> that ends no thought."""
         name = piece.text
         if name == TURN_END:
             yield from self.end()
@@ -102,7 +102,7 @@ class Reader:
             self._within, self._held, self._spelled, self._object = name, "", "", None
         elif (self._within, name) == (CALL_START, CALL_END):
             yield from self._close_call()
-        elif (self._within, name) == (THINK_START, THINK_END):
+        elif name == THINK_END and self._within != CALL_START:
             self._within = ""
         elif self._within == CALL_START:
             self._spelled += name

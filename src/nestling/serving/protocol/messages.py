@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nestling.core.types import Message, ToolCall
-from nestling.serving.errors import ApiError
+from nestling.serving.errors import ApiError, lacking
 
 REFUSED_PARTS = {
     "image_url": "images", "input_image": "images", "input_audio": "sound", "file": "files", "input_file": "files",
 }  # fmt: skip
 PartType = Literal[
-    "text", "input_text", "output_text", "refusal", "image_url", "input_image", "input_audio", "file", "input_file"
-]
+    "text", "input_text", "output_text", "reasoning_text", "refusal", "image_url", "input_image", "input_audio", "file",
+    "input_file",
+]  # fmt: skip
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -67,27 +68,37 @@ def to_messages(messages: Sequence[ChatMessage], param: str = "messages") -> lis
     """The conversation as the renderer takes it.
 
     Raises:
-        ApiError: a part that is no text, arguments that are no JSON object.
+        ApiError: a part that is no text, arguments that are no JSON object, a result of no call.
     """
+    called: set[str | None] = set()
+    for place, message in enumerate(messages):
+        called |= {call.id for call in message.tool_calls or ()}
+        if message.role == "tool" and message.tool_call_id not in called:
+            where = f"{param}[{place}].tool_call_id"
+            raise ApiError(f"{where}: no call before it has this id", param=where, code="invalid_value")
     return [_to_message(message, f"{param}[{place}]") for place, message in enumerate(messages)]
 
 
 def _to_message(message: ChatMessage, param: str) -> Message:
-    calls = tuple(_to_call(call, f"{param}.tool_calls[{n}]") for n, call in enumerate(message.tool_calls or ()))
+    asked = [(call.function, f"{param}.tool_calls[{n}].function") for n, call in enumerate(message.tool_calls or ())]
+    calls = tuple(to_call(function.name, function.arguments, place) for function, place in asked)
     if calls and message.role != "assistant":
         raise ApiError(f"{param}: only an assistant calls functions", param=param, code="invalid_value")
     role: Any = "system" if message.role == "developer" else message.role
-    return Message(role=role, content=to_text(message.content, f"{param}.content"), tool_calls=calls)
+    content = message.content or "" if role == "assistant" else message.content
+    return Message(role=role, content=to_text(content, f"{param}.content"), tool_calls=calls)
 
 
 def to_text(content: str | Sequence[Part] | None, param: str) -> str:
     """The text of a message's content.
 
     Raises:
-        ApiError: a picture, a sound or a file.
+        ApiError: none, a picture, a sound or a file.
     """
-    if content is None or isinstance(content, str):
-        return content or ""
+    if content is None:
+        raise lacking(param)
+    if isinstance(content, str):
+        return content
     return "".join(_part_text(part, f"{param}[{place}]") for place, part in enumerate(content))
 
 
@@ -97,18 +108,21 @@ def _part_text(part: Part, param: str) -> str:
         raise ApiError(what, param=param, code="unsupported_content_type")
     text = part.refusal if part.type == "refusal" else part.text
     if text is None:
-        raise ApiError(
-            f"{param}.text: this field is required", param=f"{param}.text", code="missing_required_parameter"
-        )
+        raise lacking(f"{param}.text")
     return text
 
 
-def _to_call(call: Call, param: str) -> ToolCall:
+def to_call(name: str, arguments: str | None, param: str) -> ToolCall:
+    """A call that was made.
+
+    Raises:
+        ApiError: `arguments` are no JSON object.
+    """
     try:
-        arguments = json.loads(call.function.arguments or "{}")
+        read = json.loads(arguments or "{}")
     except (json.JSONDecodeError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        place = f"{param}.function.arguments"
+        read = None
+    if not isinstance(read, dict):
+        place = f"{param}.arguments"
         raise ApiError(f"{place}: must be a JSON object", param=place, code="invalid_value")
-    return ToolCall(name=call.function.name, arguments=arguments)
+    return ToolCall(name=name, arguments=read)

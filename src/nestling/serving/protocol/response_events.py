@@ -47,9 +47,10 @@ class Composer:
 
     def end(self, finish: str, usage: dict[str, Any]) -> list[Event]:
         """Close what is open; the last event carries the whole response, which is `body` from now on."""
-        events = self._close()
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(finish)
-        self.body |= {"status": "incomplete" if reason else "completed", "output": self.output, "usage": usage}
+        status = "incomplete" if reason else "completed"
+        events = self._close(status)
+        self.body |= {"status": status, "output": self.output, "usage": usage}
         self.body["incomplete_details"] = {"reason": reason} if reason else None
         return [*events, self._event(f"response.{self.body['status']}", response=self.body)]
 
@@ -85,21 +86,14 @@ class Composer:
         return [self._event("response.function_call_arguments.delta", **self._place(), delta=delta.text)]
 
     def _run(self, delta: Delta) -> list[Event]:
-        fields = {
-            "server_label": "nestling",
-            "name": delta.name,
-            "arguments": delta.text,
-            "output": None,
-            "error": None,
-        }
-        return [*self._start("mcp_call", **fields), self._event("response.mcp_call.in_progress", **self._place())]
+        call = {"name": delta.name, "arguments": delta.text, "output": None, "error": None}
+        begun = self._start("mcp_call", server_label="nestling", **call)
+        return [*begun, self._event("response.mcp_call.in_progress", **self._place())]
 
     def _result(self, delta: Delta) -> list[Event]:
         """Runs begin together, and their results come in the same order."""
-        waiting = [
-            place for place, item in enumerate(self.output) if item["type"] == "mcp_call" and item["output"] is None
-        ]
-        place, self._open = waiting[0], None
+        kinds = [item["type"] == "mcp_call" and item["output"] is None for item in self.output]
+        place, self._open = kinds.index(True), None
         item = self.output[place]
         item |= {"output": delta.text, "status": "completed"}
         where = {"item_id": item["id"], "output_index": place}
@@ -116,9 +110,8 @@ class Composer:
             return self._start(kind, summary=[], content=[{"type": "reasoning_text", "text": ""}])
         part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         events = self._start(kind, role="assistant", content=[])
-        opened = self._event(
-            "response.content_part.added", **self._place(), content_index=0, part=dict(part, logprobs=[])
-        )
+        told = {"content_index": 0, "part": dict(part, logprobs=[])}
+        opened = self._event("response.content_part.added", **self._place(), **told)
         self._item["content"].append(part)
         return [*events, opened]
 
@@ -129,7 +122,7 @@ class Composer:
         item = {**self._open, "content": []} if kind == "message" else dict(self._open)
         return [*events, self._event("response.output_item.added", output_index=len(self.output) - 1, item=item)]
 
-    def _close(self) -> list[Event]:
+    def _close(self, status: str = "completed") -> list[Event]:
         """Tell that the open item is done; a run is done when its result has come."""
         item = self._open
         if item is None or item["type"] == "mcp_call":
@@ -146,7 +139,7 @@ class Composer:
         elif item["type"] == "function_call":
             told = {"name": item["name"], "arguments": item["arguments"]}
             events = [self._event("response.function_call_arguments.done", **self._place(), **told)]
-        item["status"] = "completed"
+        item["status"] = status
         done = self._event("response.output_item.done", output_index=len(self.output) - 1, item=item)
         self._open = None
         return [*events, done]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nestling.core.types import Message, ToolCall
-from nestling.serving.errors import ApiError, unsupported
-from nestling.serving.protocol.chat import Effort, json_constraint
-from nestling.serving.protocol.decoding import Decoding
-from nestling.serving.protocol.messages import Part, Role, to_text
-from nestling.serving.protocol.tools import Choice, ChosenFunction, Function, Tool, ToolChoice
+from nestling.core.types import Message
+from nestling.serving.errors import lacking, unsupported
+from nestling.serving.protocol.chat import Effort, Form, TalkRequest, constraint_of
+from nestling.serving.protocol.messages import Part, Role, to_call, to_text
+from nestling.serving.protocol.tools import Allowed, Choice, Function, FunctionName, Tool, ToolChoice
+
+FORM = "text.format.schema"
+"""Where a request says what the text must be."""
 
 
 class Item(BaseModel):
-    """An item of the input: a message, a call that was made, or what came out of it."""
+    """An item of the input: a message, a call that was made, what came out of it, or both of a call on the server.
+
+    Reasoning is read and left out: a model is not told again what it thought.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -29,6 +34,7 @@ class Item(BaseModel):
     name: str | None = None
     arguments: str | None = None
     output: str | list[Part] | None = None
+    error: Any = None
 
 
 class FlatTool(BaseModel):
@@ -37,29 +43,35 @@ class FlatTool(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     type: str
-    name: str | None = None
+    name: FunctionName | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def nested(self, place: int) -> Tool:
+    def nested(self, param: str) -> Tool:
         """The same as chat spells it."""
         if self.type != "function":
             return Tool(type=self.type)
         if self.name is None:
-            where = f"tools[{place}].name"
-            raise ApiError(f"{where}: this field is required", param=where, code="missing_required_parameter")
-        function = Function(
-            name=self.name, description=self.description, parameters=self.parameters, strict=self.strict
-        )
-        return Tool(type="function", function=function)
+            raise lacking(f"{param}.name")
+        return Tool(type="function", function=Function.model_validate(self.model_dump()))
 
 
 class FlatChoice(BaseModel):
-    """A tool_choice that names a function."""
+    """A tool_choice that names a function, or leaves some of the tools."""
 
-    type: Literal["function"]
-    name: str
+    type: Literal["function", "allowed_tools"]
+    name: FunctionName | None = None
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[FlatTool] = []
+
+    @property
+    def nested(self) -> Choice:
+        """The same as chat spells it."""
+        if self.type == "function":
+            return Choice(type=self.type, function=self.name and Function(name=self.name))
+        allowed = Allowed(mode=self.mode, tools=_nested(self.tools, "tool_choice.tools"))
+        return Choice(type=self.type, allowed_tools=allowed)
 
 
 class Format(BaseModel):
@@ -67,7 +79,7 @@ class Format(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Form
     name: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
@@ -87,32 +99,20 @@ class Reasoning(BaseModel):
     generate_summary: str | None = None
 
 
-class ResponsesRequest(Decoding):
+class ResponsesRequest(TalkRequest):
     """Create a response."""
 
-    model: str
     input: str | list[Item] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    store: bool | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     text: TextSettings | None = None
     tools: list[FlatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
-    parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = Field(None, ge=1)
     reasoning: Reasoning | None = None
     include: list[str] | None = None
-    metadata: dict[str, str] | None = None
-    # has no effect
-    user: str | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     truncation: Literal["auto", "disabled"] | None = None
     # refused
     background: bool | None = None
@@ -137,64 +137,54 @@ class ResponsesRequest(Decoding):
     def constraint_of_text(self) -> dict[str, Any] | None:
         """What the text must be, as the engine takes it."""
         wanted = self.text.format if self.text else None
-        if wanted is None or wanted.type == "text":
-            return None
-        return {"json_object": True} if wanted.type == "json_object" else json_constraint(wanted.schema_)
+        return constraint_of(wanted.type, wanted.schema_, FORM) if wanted else None
 
     @property
     def nested_tools(self) -> list[Tool] | None:
         """The tools as chat spells them."""
-        return None if self.tools is None else [tool.nested(place) for place, tool in enumerate(self.tools)]
+        return None if self.tools is None else _nested(self.tools, "tools")
 
     @property
     def nested_choice(self) -> ToolChoice | None:
         """The choice as chat spells it."""
-        choice = self.tool_choice
-        if isinstance(choice, FlatChoice):
-            return Choice(type="function", function=ChosenFunction(name=choice.name))
-        return choice
+        return self.tool_choice.nested if isinstance(self.tool_choice, FlatChoice) else self.tool_choice
 
     def messages(self) -> list[Message]:
         """The input as messages, without the instructions.
 
         Raises:
-            ApiError: an item that is no text, or that lacks what its type needs.
+            ApiError: an item that is no text, that lacks what its type needs, or that only refers to another.
         """
         if self.input is None or isinstance(self.input, str):
             return [Message(role="user", content=self.input)] if self.input is not None else []
         messages: list[Message] = []
         for place, item in enumerate(self.input):
-            message = _to_message(item, f"input[{place}]")
-            if message is not None:
+            for message in _to_messages(item, f"input[{place}]"):
                 _append(messages, message)
         return messages
 
 
-def _to_message(item: Item, param: str) -> Message | None:
-    """None for items that only say how a reply came about, which the model is not told again."""
+def _nested(tools: Sequence[FlatTool], param: str) -> list[Tool]:
+    return [tool.nested(f"{param}[{place}]") for place, tool in enumerate(tools)]
+
+
+def _to_messages(item: Item, param: str) -> list[Message]:
     if item.type == "message":
         if item.role is None:
-            raise ApiError(
-                f"{param}.role: this field is required", param=f"{param}.role", code="missing_required_parameter"
-            )
+            raise lacking(f"{param}.role")
         role: Any = "system" if item.role == "developer" else item.role
-        return Message(role=role, content=to_text(item.content, f"{param}.content"))
-    if item.type == "function_call":
-        return Message(role="assistant", tool_calls=(_to_call(item, param),))
-    if item.type == "function_call_output":
-        return Message(role="tool", content=to_text(item.output, f"{param}.output"))
-    return None
-
-
-def _to_call(item: Item, param: str) -> ToolCall:
-    try:
-        arguments = json.loads(item.arguments or "{}")
-    except (json.JSONDecodeError, RecursionError):
-        arguments = None
-    if item.name is None or not isinstance(arguments, dict):
-        place = f"{param}.{'name' if item.name is None else 'arguments'}"
-        raise ApiError(f"{place}: a call has a name and a JSON object", param=place, code="invalid_value")
-    return ToolCall(name=item.name, arguments=arguments)
+        return [Message(role=role, content=to_text(item.content, f"{param}.content"))]
+    if item.type == "item_reference":
+        raise unsupported(param, "send the item itself, or go on with previous_response_id")
+    messages = []
+    if item.type in ("function_call", "mcp_call"):
+        if item.name is None:
+            raise lacking(f"{param}.name")
+        messages.append(Message(role="assistant", tool_calls=(to_call(item.name, item.arguments, param),)))
+    if item.type in ("function_call_output", "mcp_call"):
+        output = item.output if item.error is None else f"error: {item.error}"
+        messages.append(Message(role="tool", content=to_text(output, f"{param}.output")))
+    return messages
 
 
 def _append(messages: list[Message], message: Message) -> None:

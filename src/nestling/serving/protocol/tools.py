@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from nestling.serving.errors import ApiError
+from nestling.serving.errors import ApiError, lacking
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tools import Toolbox
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class Function(BaseModel):
     """A function that the client offers."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -30,21 +32,38 @@ class Tool(BaseModel):
     type: str
     function: Function | None = None
 
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """What tells it from the others."""
+        return self.type, self.function.name if self.function else None
 
-class ChosenFunction(BaseModel):
-    """The function that must be called."""
 
-    name: str
+class Allowed(BaseModel):
+    """Tools by type and name, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[Tool]
 
 
 class Choice(BaseModel):
-    """A tool_choice that names a function."""
+    """A tool_choice that names a function, which must be called, or leaves some of the tools."""
 
-    type: Literal["function"]
-    function: ChosenFunction
+    type: Literal["function", "allowed_tools"]
+    function: Function | None = None
+    allowed_tools: Allowed | None = None
+
+    @property
+    def left(self) -> Allowed:
+        """What it leaves."""
+        if self.type == "function" and self.function:
+            return Allowed(mode="required", tools=[Tool(type="function", function=self.function)])
+        if self.type == "allowed_tools" and self.allowed_tools:
+            return self.allowed_tools
+        raise lacking(f"tool_choice.{self.type}")
 
 
 ToolChoice = Literal["none", "auto", "required"] | Choice
+Tools = Sequence[Tool] | None
 
 
 @dataclass(frozen=True)
@@ -79,34 +98,49 @@ class Offer:
         return {"json_schema": kinds[0] if len(kinds) == 1 else {"anyOf": kinds}} if kinds else None
 
 
-def offer(tools: Sequence[Tool] | None, choice: ToolChoice | None, own: Sequence[str], parallel: bool = True) -> Offer:
+def offer(tools: Tools, choice: ToolChoice | None, own: Sequence[str], parallel: bool = True) -> Offer:
     """What a request offers.
 
     Args:
         own: tools that the service runs; all are on offer where the request names no tools at all.
 
     Raises:
-        ApiError: a tool of another type, a choice of a function that is not there.
+        ApiError: a tool of another type, a choice of a tool that is not there.
     """
-    if choice == "none":
+    tools, wish = _narrowed(tools, choice)
+    if wish == "none":
         return Offer()
-    if tools is None:
-        _check_choice(choice, ())
+    if tools is None and wish != "required":
         return Offer(own=tuple(own))
+    tools = tools or ()
     functions = tuple(_function(tool, place) for place, tool in enumerate(tools) if tool.type == "function")
     wanted = tuple(_own(tool, place, own) for place, tool in enumerate(tools) if tool.type != "function")
-    return Offer(functions, wanted, _check_choice(choice, functions), parallel)
+    if wish == "required" and not functions:
+        raise ApiError("tool_choice: needs functions in tools", param="tool_choice", code="invalid_value")
+    return Offer(functions, wanted, functions if wish == "required" else (), parallel)
 
 
-def lets_own(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> bool:
+def lets_own(tools: Tools, choice: ToolChoice | None) -> bool:
     """Whether a request lets the service use tools of its own: it names none at all, or one of them."""
-    return choice != "none" and (tools is None or any(tool.type != "function" for tool in tools))
+    tools, wish = _narrowed(tools, choice)
+    return wish != "none" and (tools is None or any(tool.type != "function" for tool in tools))
+
+
+def _narrowed(tools: Tools, choice: ToolChoice | None) -> tuple[Tools, str | None]:
+    """The tools that a choice leaves, and what it says of them."""
+    if choice is None or isinstance(choice, str):
+        return tools, choice
+    given, wanted = {tool.key: tool for tool in tools or ()}, [tool.key for tool in choice.left.tools]
+    for key in wanted:
+        if key not in given:
+            what = f"tool_choice: no {' '.join(filter(None, key))!r} in tools"
+            raise ApiError(what, param="tool_choice", code="invalid_value")
+    return [tool for key, tool in given.items() if key in wanted], choice.left.mode
 
 
 def _function(tool: Tool, place: int) -> Function:
     if tool.function is None:
-        where = f"tools[{place}].function"
-        raise ApiError(f"{where}: this field is required", param=where, code="missing_required_parameter")
+        raise lacking(f"tools[{place}].function")
     return tool.function
 
 
@@ -116,19 +150,6 @@ def _own(tool: Tool, place: int, own: Sequence[str]) -> str:
         what = f"tools[{place}].type: this service has no tool {tool.type!r}; there is {there}"
         raise ApiError(what, param=f"tools[{place}].type", code="invalid_value")
     return tool.type
-
-
-def _check_choice(choice: ToolChoice | None, functions: tuple[Function, ...]) -> tuple[Function, ...]:
-    """The functions of which one must be called."""
-    if choice is None or isinstance(choice, str):
-        if choice == "required" and not functions:
-            raise ApiError("tool_choice: needs functions in tools", param="tool_choice", code="invalid_value")
-        return functions if choice == "required" else ()
-    found = tuple(function for function in functions if function.name == choice.function.name)
-    if not found:
-        what = f"tool_choice: no function {choice.function.name!r} in tools"
-        raise ApiError(what, param="tool_choice", code="invalid_value")
-    return found
 
 
 def _call_schema(function: Function) -> dict[str, Any]:

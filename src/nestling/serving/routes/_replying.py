@@ -17,7 +17,7 @@ from pydantic import Field
 from nestling.core.errors import UserError
 from nestling.core.types import Message
 from nestling.generation.sampling import Sampling
-from nestling.serving.answering import Answer, Question
+from nestling.serving.answering import Answer, Question, begin_all
 from nestling.serving.choosing import choose
 from nestling.serving.errors import ApiError
 from nestling.serving.guarding import Guard
@@ -30,7 +30,6 @@ from nestling.serving.protocol.logprobs import LOWEST, spelled
 from nestling.serving.protocol.messages import Wire
 from nestling.serving.protocol.tools import Offer
 from nestling.serving.rendering import Progressive, to_html
-from nestling.serving.routes._opened import STORE_ERRORS, answer_for
 from nestling.serving.sending import EventStream
 from nestling.serving.settings import ServeSettings
 from nestling.serving.store.records import MessageRecord, ModelVersion, TokenRecord, Verdict, Written
@@ -166,21 +165,25 @@ async def begin(request: Request, store: Store, wish: Wish) -> Begun:
     """Hand a wish to its model; what is wrong with it is raised here, before anything is told.
 
     Raises:
-        UserError, ApiError: as `Answer` and `Answer.begin`; what is asked is flagged.
+        UserError, ApiError: as `Answer` and `begin_all`.
     """
     verdicts: list[Verdict] = []
     guard: Guard | None = request.app.state.guard
     if guard is not None:
-        asked = wish.path[-1]
-        of_question = guard.keeping(lambda key, said: store.moderation.add([_about(said, asked)]))
-        await of_question.admit(asked.messages(), request.state.key.name)
-        watch = guard.keeping(lambda key, said: verdicts.append(said))
-        wish = replace(wish, question=replace(wish.question, guard=watch))
+        said_in = {message.content: message for message in wish.path}
+
+        def keep(key: str, said: Verdict) -> None:
+            if said.direction == "output":
+                verdicts.append(said)
+            else:
+                store.moderation.add([_about(said, said_in.get(said.text or "", wish.path[-1]))])
+
+        wish = replace(wish, question=replace(wish.question, guard=guard.keeping(keep)))
     answer, forgotten = await asyncio.to_thread(wish.answer)
+    await begin_all([answer])
     record: Record = request.state.record
     record.route, record.model, record.prompt_tokens = "page", wish.served.name, len(answer.prompt)
     record.text = {"messages": [message.to_row() for message in answer.question.messages]}
-    await answer.begin()
     return Begun(wish, answer, forgotten, verdicts)
 
 
@@ -188,11 +191,8 @@ def tell(request: Request, store: Store, begun: Begun, keep: Keep, *, blind: boo
     """The response that tells a reply and stores it with what the moderation model said of it."""
 
     def keep_all(written: Written) -> MessageRecord:
-        try:
-            message = keep(written)
-            store.moderation.add([_about(said, message) for said in begun.verdicts[-1:]])  # the one on the whole text
-        except STORE_ERRORS as error:
-            raise answer_for(error) from error
+        message = keep(written)
+        store.moderation.add([_about(said, message) for said in begun.verdicts[-1:]])  # the one on the whole text
         return message
 
     telling = Telling(begun, keep_all, request.state.record, request.app.state.progressive, blind=blind)

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,11 +14,11 @@ from fastapi.responses import JSONResponse, Response
 
 from nestling.core.types import Message
 from nestling.serving.answering import Answer, Question, begin_all, choices
-from nestling.serving.choosing import choose, guarded
+from nestling.serving.choosing import choose
 from nestling.serving.errors import ApiError
 from nestling.serving.models import Served
 from nestling.serving.observing import Record
-from nestling.serving.protocol.chat import ChatRequest, ChatWriter, Choice, usage
+from nestling.serving.protocol.chat import FORM, ChatRequest, ChatWriter, Choice, usage
 from nestling.serving.protocol.messages import to_messages
 from nestling.serving.protocol.tools import lets_own, offer
 from nestling.serving.sending import STREAMS, EventStream, answer_to, merge
@@ -38,15 +39,15 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     messages = tuple(to_messages(body.messages))
     chosen = choose(request.app.state, body.model, messages, tools=lets_own(body.tools, body.tool_choice))
     served, question = chosen.served, chosen.adapt(_question(chosen.served, settings, body, messages))
-    question = await guarded(request, question)
+    question = replace(question, guard=request.app.state.guard, key=record.key)
     answers = choices(served, question, count, whole=not body.stream)
+    await begin_all(answers)
     record.model, record.prompt_tokens = served.name, len(answers[0].prompt)
     record.text = {"messages": [message.to_row() for message in messages]}
     writer = ChatWriter(
         f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint, tokenizer=served.tokenizer,
         logprobs=bool(body.logprobs), include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
-    await begin_all(answers)
     if body.stream:
         return EventStream(_stream(writer, answers, record), stall_seconds=settings.stall_seconds)
     return await answer_to(request, _whole(writer, answers, record))
@@ -63,6 +64,7 @@ def _question(served: Served, settings: ServeSettings, body: ChatRequest, messag
         messages, sampling, seed=secrets.randbits(62) if body.seed is None else body.seed,
         offer=offer(body.tools, body.tool_choice, served.toolbox.names, parallel), effort=body.reasoning_effort,
         rounds=settings.tool_rounds, tool_seconds=settings.tool_seconds, opens_thought=settings.opens_thought,
+        form=FORM if constraint else "",
     )  # fmt: skip
 
 

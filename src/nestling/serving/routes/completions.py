@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,11 +14,12 @@ from fastapi.responses import JSONResponse, Response
 
 from nestling.core.runtime import stream_seed
 from nestling.generation.sampling import Sampling
-from nestling.generation.sequence import Piece, TokenLog
+from nestling.generation.sequence import Completion, Piece, TokenLog
 from nestling.generation.sequence import Request as TextRequest
 from nestling.serving.answering import too_long
 from nestling.serving.driver import Stream
 from nestling.serving.errors import ApiError
+from nestling.serving.guarding import Guard, Watched
 from nestling.serving.models import Models, Served
 from nestling.serving.observing import Record
 from nestling.serving.protocol.chat import usage
@@ -29,6 +30,9 @@ from nestling.serving.sending import STREAMS, EventStream, all_or_first_error, a
 from nestling.serving.settings import ServeSettings
 
 router = APIRouter(tags=["completions"])
+NOTHING = Completion([], [], [], "", "length")
+Batches = AsyncGenerator[tuple["Text", list[Piece]], None]
+"""What comes of texts."""
 
 
 @dataclass
@@ -43,31 +47,22 @@ class Text:
     """The prompt's text, where echo asks for it; its tokens are already in `logprobs`."""
     stream: Stream | None = None
     text: str = ""
-    tokens: list[TokenLog] = field(default_factory=list)
+    flagged: bool = False
+
+    @property
+    def done(self) -> Completion:
+        """What the engine made of it; nothing yet, or of nothing to write, is a length."""
+        return (self.stream.completion if self.stream else None) or NOTHING
 
     @property
     def finish(self) -> str:
-        """Why it ended; nothing to write is a length."""
-        done = self.stream.completion if self.stream else None
-        return done.finish if done else "length"
-
-    @property
-    def written(self) -> int:
-        """Tokens of the continuation."""
-        done = self.stream.completion if self.stream else None
-        return sum(done.sampled) if done else 0
-
-    @property
-    def reused(self) -> int:
-        """Tokens of the prompt that did not have to be computed."""
-        done = self.stream.completion if self.stream else None
-        return done.reused if done else 0
+        """Why it ended."""
+        return "content_filter" if self.flagged else self.done.finish
 
     @property
     def score(self) -> float:
         """Mean log-probability: what best_of compares."""
-        done = self.stream.completion if self.stream else None
-        return sum(done.logprobs) / len(done.logprobs) if done and done.logprobs else 0.0
+        return sum(self.done.logprobs) / max(len(self.done.logprobs), 1)
 
     def add(self, pieces: Sequence[Piece]) -> str:
         """Take in what is new; its text."""
@@ -95,6 +90,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         if len(ids) >= served.context:
             raise too_long(len(ids), served.context, "prompt")
     record: Record = request.state.record
+    guard: Guard | None = request.app.state.guard
+    if guard is not None:
+        await guard.admit([served.tokenizer.decode(ids) for ids in prompts], record.key, "prompt")
     record.model, record.prompt_tokens = served.name, sum(map(len, prompts))
     record.text = {"prompt": body.prompt}
     writer = TextWriter(
@@ -103,9 +101,10 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
     texts = await _begin(served, body, prompts, count)
+    told = merge([_told(text, guard, record.key) for text in texts])
     if body.stream:
-        return EventStream(_streamed(writer, texts, record), stall_seconds=settings.stall_seconds)
-    return await answer_to(request, _whole(writer, texts, record, count, body.n or 1))
+        return EventStream(_streamed(writer, texts, told, record), stall_seconds=settings.stall_seconds)
+    return await answer_to(request, _whole(writer, texts, told, record, count, body.n or 1))
 
 
 async def _begin(served: Served, body: CompletionRequest, prompts: list[list[int]], count: int) -> list[Text]:
@@ -158,24 +157,37 @@ def _close(texts: Sequence[Text]) -> None:
             text.stream.close()
 
 
-async def _pieces(text: Text) -> AsyncGenerator[tuple[Text, list[Piece]], None]:
-    """What comes of one text; a last empty list when it is done."""
+async def _pieces(text: Text) -> AsyncGenerator[list[Piece], None]:
     if text.stream is not None:
-        async for pieces in text.stream:
+        try:
+            async for pieces in text.stream:
+                yield pieces
+        finally:
+            text.stream.close()
+
+
+async def _told(text: Text, guard: Guard | None, key: str) -> Batches:
+    """What may be told of one text; a last empty list when it is done."""
+    watched = Watched(guard, _pieces(text), key)
+    async with aclosing(watched.told()) as batches:
+        async for pieces in batches:
             yield text, pieces
+    text.flagged = bool(watched.flagged)
     yield text, []
 
 
-async def _whole(writer: TextWriter, texts: Sequence[Text], record: Record, count: int, wanted: int) -> Response:
+async def _whole(
+    writer: TextWriter, texts: Sequence[Text], told: Batches, record: Record, count: int, wanted: int
+) -> Response:
     try:
-        async with aclosing(merge([_pieces(text) for text in texts])) as batches:
+        async with aclosing(told) as batches:
             async for text, pieces in batches:
                 record.seen_token()
                 text.add(pieces)
     finally:
         _close(texts)
     groups = [texts[start : start + count] for start in range(0, len(texts), count)]
-    kept = [text for group in groups for text in sorted(group, key=lambda text: -text.score)[:wanted]]
+    kept = [text for group in groups for text in sorted(group, key=lambda text: (text.flagged, -text.score))[:wanted]]
     kept = kept if wanted < count else list(texts)
     choices = [writer.choice(index, text.text, text.logprobs, text.finish) for index, text in enumerate(kept)]
     record.text |= {"replies": [text.text for text in kept]}
@@ -183,13 +195,13 @@ async def _whole(writer: TextWriter, texts: Sequence[Text], record: Record, coun
 
 
 async def _streamed(
-    writer: TextWriter, texts: Sequence[Text], record: Record
+    writer: TextWriter, texts: Sequence[Text], told: Batches, record: Record
 ) -> AsyncGenerator[list[dict[str, Any]], None]:
     try:
         opening = [writer.chunk(text.index, text.opening, text.logprobs) for text in texts if text.opening]
         if opening:
             yield opening
-        async with aclosing(merge([_pieces(text) for text in texts])) as batches:
+        async with aclosing(told) as batches:
             async for text, pieces in batches:
                 record.seen_token()
                 new = text.add(pieces)
@@ -202,9 +214,9 @@ async def _streamed(
 
 
 def _usage(texts: Sequence[Text], record: Record) -> dict[str, Any]:
-    record.completion_tokens = sum(text.written for text in texts)
+    record.completion_tokens = sum(sum(text.done.sampled) for text in texts)
     record.finish = texts[0].finish
     cached: dict[int, int] = {}  # by prompt: its texts share it, and it is counted once
     for text in texts:
-        cached[id(text.prompt)] = min(text.reused, cached.get(id(text.prompt), text.reused))
+        cached[id(text.prompt)] = min(text.done.reused, cached.get(id(text.prompt), text.done.reused))
     return usage(record.prompt_tokens, record.completion_tokens, cached=sum(cached.values()))

@@ -2,7 +2,7 @@
 
     conversation  {id, title, system, tools, model, sampling, tip, created, updated}
     message       {id, conversation, parent, role: "user" | "assistant", content, thinking, steps, created,
-                   reply, vote, flagged, blind}
+                   forgotten, finish, reply, vote, flagged, blind}
     reply         {model, checkpoint, sampling, seed, prompt_tokens, completion_tokens, finish, seconds,
                    first_token_seconds, system, tools, forgotten}
 

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from nestling.serving.errors import ApiError
+from nestling.serving.guarding import NAME
 from nestling.serving.protocol.messages import Part, Wire, to_text
 
 router = APIRouter(tags=["moderations"])
 
 
 class ModerationRequest(Wire):
-    """Texts to judge."""
+    """Texts to judge. Whatever `model` names, which clients fill in, the service's one judges, and its name is told."""
 
     input: str | Annotated[list[str], Field(min_length=1, max_length=2048)] | Annotated[list[Part], Field(min_length=1)]
     model: str | None = None
@@ -34,7 +35,7 @@ async def create_moderation(request: Request, body: ModerationRequest) -> dict[s
     results = [{"flagged": verdict.flagged, "categories": verdict.categories, "category_scores": verdict.scores,
                 "category_applied_input_types": {name: ["text"] for name in verdict.categories}}
                for verdict in verdicts]  # fmt: skip
-    return {"id": f"modr-{secrets.token_hex(12)}", "model": body.model or "nestling-moderation", "results": results}
+    return {"id": f"modr-{secrets.token_hex(12)}", "model": NAME, "results": results}
 
 
 def _texts(body: ModerationRequest) -> list[str]:

@@ -6,22 +6,22 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nestling.core.types import Message
-from nestling.serving.answering import Answer, Question
-from nestling.serving.choosing import choose, guarded
+from nestling.serving.answering import Answer, Question, begin_all
+from nestling.serving.choosing import choose
 from nestling.serving.errors import ApiError
 from nestling.serving.models import Served
 from nestling.serving.observing import Record
 from nestling.serving.protocol.response_events import Composer, Event
-from nestling.serving.protocol.responses import ResponsesRequest
+from nestling.serving.protocol.responses import FORM, ResponsesRequest
 from nestling.serving.protocol.tools import lets_own, offer
 from nestling.serving.remembering import Kept, Memory
-from nestling.serving.routes._opened import STORE_ERRORS, answer_for
 from nestling.serving.sending import STREAMS, EventStream, answer_to
 from nestling.serving.settings import ServeSettings
 
@@ -41,13 +41,14 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     own = lets_own(body.nested_tools, body.nested_choice)
     chosen = choose(request.app.state, body.model, messages, tools=own)
     served = chosen.served
-    question = await guarded(request, chosen.adapt(_question(served, settings, body, messages)))
+    question = chosen.adapt(_question(served, settings, body, messages))
+    question = replace(question, guard=request.app.state.guard, key=record.key)
     answer = Answer(served, question, whole=not body.stream)
+    await begin_all([answer])
     record.model, record.prompt_tokens = served.name, len(answer.prompt)
     record.text = {"messages": [message.to_row() for message in question.messages]}
     composer = Composer(served.tokenizer, _body(served, body, question), logprobs=LOGPROBS in (body.include or ()))
     reply = _Reply(answer, composer, record, messages, memory if body.store is not False else None)
-    await answer.begin()
     if body.stream:
         return EventStream(reply.events(), stall_seconds=settings.stall_seconds, done=False)
     return await answer_to(request, reply.whole())
@@ -62,11 +63,7 @@ async def get_response(request: Request, name: str) -> dict[str, Any]:
 @router.delete("/v1/responses/{name}")
 async def delete_response(request: Request, name: str) -> dict[str, Any]:
     """Forget a response."""
-    try:
-        forgotten = await request.app.state.memory.forget(name, request.state.record.key)
-    except STORE_ERRORS as error:
-        raise answer_for(error) from error
-    if not forgotten:
+    if not await request.app.state.memory.forget(name, request.state.record.key):
         raise _unknown(name)
     return {"id": name, "object": "response", "deleted": True}
 
@@ -110,21 +107,15 @@ class _Reply:
 
     async def _keep(self) -> None:
         """Remember the conversation, the reply as the model will be shown it included."""
-        reply = self._answer.message()
+        reply = self._answer.message
         self._record.text |= {"reply": reply.to_row()}
         if self._memory is not None:
             said = (*self._messages, *self._answer.steps, reply)
-            try:
-                await self._memory.keep(Kept(self._composer.body, said), self._record.key)
-            except STORE_ERRORS as error:
-                raise answer_for(error) from error
+            await self._memory.keep(Kept(self._composer.body, said), self._record.key)
 
 
 async def _remembered(memory: Memory, name: str, key: str, param: str | None = None) -> Kept:
-    try:
-        found = await memory.get(name, key)
-    except STORE_ERRORS as error:
-        raise answer_for(error) from error
+    found = await memory.get(name, key)
     if found is None:
         raise _unknown(name, param)
     return found
@@ -148,28 +139,30 @@ async def _conversation(body: ResponsesRequest, memory: Memory, key: str) -> tup
 def _question(
     served: Served, settings: ServeSettings, body: ResponsesRequest, messages: tuple[Message, ...]
 ) -> Question:
+    constraint = body.constraint_of_text
     sampling = body.sampling(
-        served.tokenizer.vocab_size, max_tokens=body.max_output_tokens or served.context,
-        constraint=body.constraint_of_text, top_logprobs=body.top_logprobs,
+        served.tokenizer.vocab_size, max_tokens=body.max_output_tokens or served.context, constraint=constraint,
+        top_logprobs=body.top_logprobs,
     )  # fmt: skip
     instructions = (Message(role="system", content=body.instructions),) if body.instructions else ()
-    rounds = min(settings.tool_rounds, body.max_tool_calls or settings.tool_rounds)
     return Question(
         (*instructions, *messages), sampling, seed=secrets.randbits(62) if body.seed is None else body.seed,
         offer=offer(body.nested_tools, body.nested_choice, served.toolbox.names, body.parallel_tool_calls is not False),
         effort=body.reasoning.effort if body.reasoning else None,
-        rounds=rounds, tool_seconds=settings.tool_seconds, opens_thought=settings.opens_thought,
+        rounds=settings.tool_rounds, max_runs=body.max_tool_calls, tool_seconds=settings.tool_seconds,
+        opens_thought=settings.opens_thought, said="input", form=FORM if constraint else "",
     )  # fmt: skip
 
 
 def _body(served: Served, body: ResponsesRequest, question: Question) -> dict[str, Any]:
     """The response's own fields; the request's come back as they were understood."""
-    asked = body.model_dump(mode="json", by_alias=True, exclude_none=True)
+    asked = body.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
     text = asked.get("text", {})
     return {
         "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()),
         "status": "in_progress", "error": None, "incomplete_details": None, "model": served.name, "output": [],
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {}, "parallel_tool_calls": question.offer.parallel,
         "previous_response_id": body.previous_response_id, "reasoning": {"effort": question.effort, "summary": None},
         "store": body.store is not False, "temperature": question.sampling.temperature, "text": text

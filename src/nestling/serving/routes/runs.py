@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -10,7 +9,6 @@ from fastapi.responses import FileResponse
 
 from nestling.serving.errors import ApiError
 from nestling.serving.runs import Runs
-from nestling.serving.store.records import Missing
 
 router = APIRouter(tags=["runs"])
 REPORT_HEADERS = {
@@ -21,14 +19,12 @@ REPORT_HEADERS = {
 }
 
 
-def _opened(request: Request) -> Iterator[Runs]:
-    """The service's runs, for keys that are for them; what is not there becomes 404."""
+def _opened(request: Request) -> Runs:
+    """The service's runs, for keys that are for them."""
     if not request.state.key.runs:
         raise ApiError("this key is not for training runs", status=403, code="runs_forbidden")
-    try:
-        yield request.app.state.runs
-    except Missing as error:
-        raise ApiError(str(error), status=404, code="not_found") from error
+    runs: Runs = request.app.state.runs
+    return runs
 
 
 OpenRuns = Annotated[Runs, Depends(_opened)]

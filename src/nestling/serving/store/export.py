@@ -209,12 +209,8 @@ def _ranking(talk: Talk, judged: Judged) -> Ranking:
     first = judged.replies[0]
     assert first.reply is not None
     meta: dict[str, Any] = {"tools": first.reply.tools} if first.reply.tools else {}
-    meta |= {
-        "source": "feedback",
-        "kind": judged.kind,
-        "conversation": talk.id,
-        "models": [*map(talk.model, judged.replies)],
-    }
+    models = [talk.model(reply) for reply in judged.replies]
+    meta |= {"source": "feedback", "kind": judged.kind, "conversation": talk.id, "models": models}
     meta |= {"choice": judged.choice} if judged.choice else {}
     responses = [
         Response(content=reply.content, score=score) for reply, score in zip(judged.replies, judged.scores, strict=True)

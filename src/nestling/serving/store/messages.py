@@ -62,6 +62,8 @@ def _message(row: Any) -> MessageRecord:
         **{name: row[name] for name in ("id", "role", "content", "thinking", "steps", "created", "flagged", "blind")},
         conversation=row["conversation_id"],
         parent=row["parent_id"],
+        forgotten=row["forgotten"] or 0,
+        finish=row["finish"] or "",
         reply=ReplyRecord(**{name: row[name] for name in ReplyRecord.model_fields}) if shows_reply else None,
         vote=None if row["value"] is None else VoteRecord(**{name: row[name] for name in VoteRecord.model_fields}),
     )

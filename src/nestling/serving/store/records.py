@@ -147,7 +147,8 @@ class MessageRecord(Record):
     """A node of the tree; `flagged` when a user reported it or the moderation model objects to it, and no
     operator found that wrong.
 
-    While it takes part in an undecided comparison it is `blind`: `reply` is withheld.
+    While it takes part in an undecided comparison it is `blind`: `reply` is withheld, but not how much was
+    `forgotten` for it and why it ended (`finish`), which everybody who reads it must know.
     """
 
     id: str
@@ -158,6 +159,8 @@ class MessageRecord(Record):
     thinking: str
     steps: list[dict[str, Any]]
     created: float
+    forgotten: int = 0
+    finish: str = ""
     reply: ReplyRecord | None = None
     vote: VoteRecord | None = None
     flagged: bool = False

@@ -1,0 +1,203 @@
+"""Thoughts that are cut, never opened, opened by the template or closed twice: no mark of theirs stands in an answer.
+
+Every case is asked for at both endpoints, whole and as a stream; the two must say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import openai
+import pytest
+import torch
+from families import FORMS, make
+from taught import Service, running, say, teach
+
+from nestling.core.types import Message, ToolCall
+from nestling.generation.engine import Engine
+from nestling.model.config import DecoderConfig
+from nestling.model.decoder import build
+from nestling.serving.answering import Question
+from nestling.serving.app import create_app
+from nestling.serving.driver import Driver
+from nestling.serving.models import Models, Served
+from nestling.serving.settings import ServeSettings
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.conversation import between, render
+from nestling.tokenizer.special import CHAT, THINK_END, THINK_START, TURN_END
+from nestling.tools import Toolbox
+
+END = "{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+OPENING = END.replace("assistant\\n", "assistant\\n<think>\\n")
+THOUGHT = "it is easy and quick"
+LESSONS = {  # what is asked -> what is written behind the beginning of the turn
+    "Think.": (THINK_START, THOUGHT, THINK_END, "Done."),
+    "Twice.": (THINK_START, "it is easy", THINK_END, "and quick", THINK_END, "Done."),
+    "Never.": ("it is easy", THINK_END, "Done."),
+}
+CALL = ToolCall(name="calculator", arguments={"expression": "2 + 3"})
+SUM = "What is 2 + 3?"
+Told = tuple[str, str]
+"""The thought and the answer."""
+
+
+def written(tokenizer: Tokenizer, parts: tuple[str, ...]) -> list[int]:
+    control = (THINK_START, THINK_END)
+    return [id for part in parts for id in ([tokenizer.id(part)] if part in control else tokenizer.encode(part))]
+
+
+def lessons(tokenizer: Tokenizer, *, opened: bool) -> list[list[int]]:
+    """What the model learns by heart; where the template opens thoughts, without the first token of those."""
+    end = tokenizer.id(TURN_END)
+    talks = []
+    for asked, parts in LESSONS.items():
+        begun = render(tokenizer, [say("user", asked)], prompt=True).ids
+        talks.append([*begun, *written(tokenizer, parts[1:] if opened and parts[0] == THINK_START else parts), end])
+    if not opened:  # thinks, calls, thinks again
+        question, call = say("user", SUM), say("assistant", "", CALL)
+        first = [*written(tokenizer, (THINK_START, "it is easy", THINK_END))]
+        called = [*render(tokenizer, [question, call], ["calculator"]).ids]
+        begun = render(tokenizer, [question], ["calculator"], prompt=True).ids
+        after = between(tokenizer, [question], call, [say("tool", "5")], ["calculator"])
+        talks.append([*begun, *first, *called[len(begun) : -1], *after, *tokenizer.encode("It is 5."), end])
+    return talks
+
+
+def start(tokenizer: Tokenizer, *, opened: bool, **settings) -> Iterator[Service]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "context": 256}
+        model = build(DecoderConfig(vocab_size=tokenizer.vocab_size, **sizes))
+        teach(model, lessons(tokenizer, opened=opened), steps=120)
+    engine = Engine(model.eval(), tokenizer, frozen=True)
+    chosen = ServeSettings(flush_seconds=0, opens_thought=True, **settings)
+    served = Served("tiny", Driver(engine), tokenizer, {}, 1, Toolbox.open(chosen.tools))
+    with running(create_app(chosen, Models([served])), served.driver) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Service]:
+    """A model in our own form, which opens its thoughts itself unless the request asks for effort."""
+    texts = [*LESSONS, THOUGHT, "Done.", SUM, "It is 5.", "system user assistant tool", "Tools: calculator"]
+    texts.append('{"name": "calculator", "arguments": {"expression": "2 + 3"}}')
+    tokenizer = Tokenizer.train(texts * 3, vocab_size=360).with_special(CHAT)
+    yield from start(tokenizer, opened=False, tools={"calculator": {}})
+
+
+@pytest.fixture(scope="module")
+def opening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A model whose chat template opens the thought of every reply, as DeepSeek's R1 and Qwen3-Thinking do."""
+    template = FORMS["qwen"]["template"].replace(END, OPENING)
+    assert template != FORMS["qwen"]["template"]
+    folder = make(tmp_path_factory.mktemp("opening"), {**FORMS["qwen"], "template": template})
+    yield from start(Tokenizer.load(folder), opened=True)
+
+
+def chat(client: openai.OpenAI, asked: str, effort: str = "", most: int = 60) -> Told:
+    given = {"model": "tiny", "messages": [{"role": "user", "content": asked}], "temperature": 0, "max_tokens": most}
+    given |= {"reasoning_effort": effort} if effort else {}
+    message = client.chat.completions.create(**given).choices[0].message
+    deltas = [part.choices[0].delta for part in client.chat.completions.create(**given, stream=True)]
+    thought = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    told = (thought, "".join(delta.content or "" for delta in deltas))
+    assert told == (getattr(message, "reasoning_content", ""), message.content)
+    return told
+
+
+def respond(client: openai.OpenAI, asked: str, effort: str = "", most: int = 60) -> Told:
+    given = {"model": "tiny", "input": asked, "temperature": 0, "max_output_tokens": most}
+    given |= {"reasoning": {"effort": effort}} if effort else {}
+    events = list(client.responses.create(**given, stream=True))
+    whole = client.responses.create(**given)
+    thought = "".join(item.content[0].text for item in whole.output if item.type == "reasoning")
+    for kind, text in (("reasoning_text", thought), ("output_text", whole.output_text)):
+        assert "".join(event.delta for event in events if event.type == f"response.{kind}.delta") == text
+    return thought, whole.output_text
+
+
+def remembered(service: Service, name: str) -> tuple[Message, ...]:
+    [kept] = service.app.state.memory._kept.values()
+    return kept[name].messages
+
+
+@pytest.fixture(params=[chat, respond])
+def ask(request: pytest.FixtureRequest) -> Callable[..., Told]:
+    return request.param
+
+
+def test_a_thought_closed_twice(own, ask):
+    """What stands between the two marks is answer; the second mark is nothing."""
+    assert ask(own.client(), "Twice.") == ("it is easy", "and quickDone.")
+
+
+def test_a_thought_that_was_never_opened(own, ask):
+    assert ask(own.client(), "Never.") == ("", "it is easyDone.")
+
+
+def test_a_thought_cut_by_its_limit(own, ask):
+    """The model closes it once more when it has come to its own end."""
+    thought, answer = ask(own.client(), "Think.", effort="low", most=24)
+    assert 0 < len(thought) < len(THOUGHT)
+    assert "<" not in answer
+    assert answer
+
+
+def test_a_thought_cut_by_the_end_of_the_room(own, opening, ask):
+    """It stays a thought, and there is no answer."""
+    for service in (own, opening):
+        thought, answer = ask(service.client(), "Think.", most=3)
+        assert thought
+        assert THOUGHT.startswith(thought)
+        assert answer == ""
+
+
+def test_a_thought_that_the_template_opened(opening, ask):
+    """What is written up to its end is the thought."""
+    assert ask(opening.client(), "Think.") == (THOUGHT, "Done.")
+    assert ask(opening.client(), "Twice.") == ("it is easy", "and quickDone.")
+
+
+def test_effort_bounds_a_thought_that_the_template_opened(opening, ask):
+    """It is not opened once more, and closed after its share of the room."""
+    assert ask(opening.client(), "Think.", effort="high") == (THOUGHT, "Done.")
+    thought, answer = ask(opening.client(), "Think.", effort="low", most=24)
+    assert 0 < len(thought) < len(THOUGHT)
+    assert "<" not in answer
+
+
+def test_what_is_remembered_is_what_was_told(own, opening):
+    """A response that is gone on from holds the answer as its client saw it."""
+    for service, asked in ((own, "Twice."), (own, "Never."), (opening, "Think."), (opening, "Twice.")):
+        client = service.client()
+        told = client.responses.create(model="tiny", input=asked, temperature=0, max_output_tokens=60)
+        assert remembered(service, told.id)[-1].content == told.output_text
+
+
+def test_a_thought_before_a_call_is_no_part_of_the_step(own):
+    """The turn was begun with <think>; what it calls is shown, what it thought is not said."""
+    client = own.client()
+    given = {"model": "tiny", "input": SUM, "temperature": 0, "tools": [{"type": "calculator"}]}
+    told = client.responses.create(**given, reasoning={"effort": "high"})
+    assert told.output_text == "It is 5."
+    assert [(one.role, one.content, len(one.tool_calls)) for one in remembered(own, told.id)] == [
+        ("user", SUM, 0), ("assistant", "", 1), ("tool", "5", 0), ("assistant", "It is 5.", 0)]  # fmt: skip
+
+
+def test_a_reply_that_ends_after_a_tool_is_remembered_once(own):
+    """The room was over when the result was there: the call is not repeated as the reply."""
+    client = own.client()
+    asked = {"model": "tiny", "input": SUM, "temperature": 0, "tools": [{"type": "calculator"}]}
+    tokens = range(1, client.responses.create(**asked).usage.output_tokens)
+    cut = (client.responses.create(**asked, max_output_tokens=most) for most in tokens)
+    told = next(one for one in cut if any(item.type == "mcp_call" for item in one.output))
+    assert (told.status, told.output_text) == ("incomplete", "")
+    assert [len(one.tool_calls) for one in remembered(own, told.id)] == [0, 1, 0, 0]
+
+
+def test_effort_opens_a_thought_only_once(opening):
+    """Where the template has opened it, the prompt stays as it is."""
+    served = opening.app.state.models.default
+    messages = (say("user", "Think."),)
+    plain = Question(messages).prompt(served)
+    assert Question(messages, effort="high", opens_thought=True).prompt(served) == plain
