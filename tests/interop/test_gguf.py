@@ -17,8 +17,9 @@ from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import build
 from nestling.model.hub import make_config
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import CHAT_TEMPLATE, render
+from nestling.tokenizer.conversation import render
 from nestling.tokenizer.special import CALL_START, CHAT, TURN_END, TURN_START
+from nestling.tokenizer.template import own_template
 
 gguf = pytest.importorskip("gguf")
 
@@ -109,7 +110,7 @@ def test_a_rendered_conversation_is_read_as_we_render_it(tokenizer: Tokenizer, t
     ids = render(tokenizer, [Message(role="user", content="The cat?\n")], prompt=True).ids
     text = tokenizer.decode(ids, control=True)
     assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
-    assert theirs.metadata["tokenizer.chat_template"] == CHAT_TEMPLATE
+    assert theirs.metadata["tokenizer.chat_template"] == own_template()
     assert theirs.token_eos() == tokenizer.id(TURN_END)
 
 

@@ -21,7 +21,7 @@ from nestling.core.errors import Interrupted, UserError
 from nestling.core.metrics import say
 from nestling.core.registry import names
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED = 2, ranks.INTERRUPTED
 VERBS = {
     "run": "runs",
     "report": "runs",
@@ -116,7 +116,11 @@ def _usage(error: Any) -> str:
 def _fail(line: str, code: int) -> None:
     if "--debug" in sys.argv:
         traceback.print_exc()
-    say(line if ranks.is_main() else f"[process {ranks.rank()}] {line}")
+    if code == INTERRUPTED:  # all hear it, and who leaves late is waited for
+        if ranks.is_first_to_say("interrupted", patience=0):
+            say(line)
+    elif ranks.is_first_to_say(line):
+        say(line if ranks.is_main() else f"[process {ranks.rank()}] {line}")
     sys.exit(code)
 
 

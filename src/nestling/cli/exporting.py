@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -46,11 +50,13 @@ def verify_export(
     """Show that engine, transformers and llama.cpp answer as the trainer does; exit code 1 where they don't."""
     found = open_writer(model, "cpu")
     folder = checkpoint_folder(model)
-    asked = conversations(prompts, chat=found.tokenizer.chat_template is not None)
+    chats = found.tokenizer.chat_template is not None
+    asked = conversations(prompts, chat=chats, tools=chats and found.tokenizer.takes_tools)
     cases = reference_cases(found, asked, new_tokens)
     if len(cases) < len(asked):
-        say(f"{len(asked) - len(cases)} of {len(asked)} prompts don't fit the model's context and are left out")
-    with tempfile.TemporaryDirectory() as workplace:
+        what = "don't fit the model's context or chat template and are left out"
+        say(f"{len(asked) - len(cases)} of {len(asked)} prompts {what}")
+    with tempfile.TemporaryDirectory() as workplace, _only_our_words():
         if peft.is_adapter(folder):  # the others read the merged model, as export writes it
             folder = Path(workplace) / "merged"
             checkpoint.save(folder, found.model, found.tokenizer)
@@ -61,11 +67,23 @@ def verify_export(
         raise SystemExit(1)
 
 
+@contextmanager
+def _only_our_words() -> Iterator[None]:
+    """Keep to itself what libraries log and warn of while they are imported and asked: it is not about the model."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _show(folder: Path, results: list[Agreement], absent: dict[str, str]) -> None:
     """The table, then what is wrong."""
     table = Table(title=f"{folder}: against the trainer (differences in nats)")
     for name in ("reader", "same tokens", "difference", "allowed", "same replies", "ties", ""):
-        table.add_column(name, justify="left" if name == "reader" else "right")
+        is_reader = name == "reader"
+        table.add_column(name, justify="left" if is_reader else "right", no_wrap=is_reader)
     for r in results:
         counts = (f"{r.same_ids} of {r.prompts}", f"{r.largest_difference:.2g}", f"{r.tolerance:g}")
         verdict = "agrees" if r.agrees else "DIFFERS"

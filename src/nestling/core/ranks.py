@@ -8,8 +8,13 @@ it is, and `sum_over_ranks` adds every reader once. What is sent is numbers and 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from nestling.core.errors import Interrupted, UserError
+from nestling.core.metrics import say
 from nestling.core.runtime import Launch, launched
 
 if TYPE_CHECKING:
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 
 ANSWER = timedelta(minutes=20)  # silence of a process in a collective after which the others give it up
 PATIENCE = timedelta(days=30)  # how long the others wait while only the main process works
+LEAVING = 3.0  # seconds after Ctrl-C in which a process leaves by itself, or else is ended
+MOMENT = 3.0  # seconds that the others give the main process to say what they would say too
+INTERRUPTED = 130  # exit code after Ctrl-C
 LOST = ("gloo", "Gloo", "NCCL", "Connection", "Broken pipe", "timed out", "Timed out", "socket", "TCPStore")
 
 
@@ -101,12 +110,48 @@ def group(device: torch.device) -> Iterator[None]:
     if launch is None or is_distributed():
         yield
         return
-    _join(launch, device)
-    try:
-        with answering():
+    with _leaving_on_ctrl_c():
+        _join(launch, device)
+        try:
+            with answering():
+                yield
+        finally:
+            _dist().destroy_process_group()
+
+
+@contextmanager
+def _leaving_on_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends this process even where it can't hear it; training, which has a handler of its own, may save first.
+
+    Python hears a signal between two of its own instructions, and a library that waits for another process comes to none.
+    Such a wait has no end where Ctrl-C came a moment earlier to the other one. So a thread hears it too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    usual, left = signal.getsignal(signal.SIGINT), threading.Event()
+    heard, told = socket.socketpair()
+
+    def watch() -> None:
+        while number := heard.recv(1):  # nothing once the other end is closed
+            ours = number[0] == signal.SIGINT and signal.getsignal(signal.SIGINT) == usual
+            if ours and not left.wait(LEAVING):
+                if is_first_to_say("interrupted", patience=0):
+                    say("interrupted; run the same command again to go on")
+                os._exit(INTERRUPTED)
+
+    with heard, told:
+        told.setblocking(False)
+        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
             yield
-    finally:
-        _dist().destroy_process_group()
+        finally:
+            left.set()
+            signal.set_wakeup_fd(before)
+            told.close()
+            watcher.join()
 
 
 @contextmanager
@@ -122,7 +167,7 @@ def answering() -> Iterator[None]:
         if isinstance(error, Interrupted) or not _is_loss(error):
             raise
         fix = "its own message stands above; run the same command again to go on from what was saved"
-        raise UserError("another process of this run ended or doesn't answer", where=f"process {rank()}", fix=fix) from error
+        raise UserError("another process of this run ended or doesn't answer", fix=fix) from error
 
 
 def _join(launch: Launch, device: torch.device) -> None:
@@ -189,6 +234,28 @@ def gather(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """The main process's JSON value, on every process."""
     return gather(value if is_main() else None)[0]
+
+
+def is_first_to_say(what: str, patience: float = MOMENT) -> bool:
+    """Whether nobody else of those that torchrun started has said this. Also outside a run, and after it.
+
+    Args:
+        patience: seconds that the main process has to say it first.
+    """
+    launch = launched()
+    if launch is None or launch.world == 1:
+        return True
+    import torch.distributed
+
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            store, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=MOMENT)))
+        end = time.monotonic() + (0 if launch.rank == 0 else patience)
+        while time.monotonic() < end and not store.check([what]):
+            time.sleep(0.05)
+        return bool(store.add(what, 1) == 1)
+    except RuntimeError:  # who holds the store has gone: better twice than never
+        return True
 
 
 def tell(what: str, word: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestling.core.errors import UserError
-from nestling.core.types import Conversation, Message
+from nestling.core.types import Conversation, Message, ToolCall
 from nestling.model.checkpoint import Checkpoint
 from nestling.tokenizer.conversation import render
 
@@ -51,6 +51,46 @@ HISTORY = (
     Message(role="user", content="Good morning."),
     Message(role="assistant", content="Good morning! How can I help?"),
 )
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Works out a sum, such as 2*(3+4) < 15.",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+SEARCH = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Finds “texts” & their places – très vite.",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}, "limit": {"type": "integer"}}},
+    },
+}
+_SUM = ToolCall(name="calculator", arguments={"expression": "412 + 389"})
+_PLACES = ToolCall(name="search", arguments={"query": 'the "Großer See" <b>', "limit": 3})
+_WITH_CALLS = (
+    (*HISTORY[:1], Message(role="user", content="What is 412 + 389?")),
+    (
+        Message(role="user", content="What is 412 + 389?"),
+        Message(role="assistant", tool_calls=(_SUM,)),
+        Message(role="tool", content="801"),
+    ),
+    (
+        Message(role="user", content="Where is the lake?"),
+        Message(role="assistant", content="<think>I have to look.</think>\n\nA moment.", tool_calls=(_PLACES,)),
+        Message(role="tool", content='{"found": ["north–west", "2 km"]}'),
+        Message(role="assistant", content="It lies to the north–west."),
+        Message(role="user", content="How far?"),
+    ),
+    (
+        Message(role="user", content="Add 412 and 389, and find the lake."),
+        Message(role="assistant", content="<think>Two things.</think>Both at once.", tool_calls=(_SUM, _PLACES)),
+        Message(role="tool", content="801"),
+        Message(role="tool", content="error: nothing found"),
+    ),
+)
+"""What templates write in ways of their own: definitions, calls and their answers, thoughts."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +152,11 @@ class Agreement:
         return not self.complaints
 
 
-def conversations(count: int, chat: bool) -> list[Conversation]:
+def conversations(count: int, chat: bool, tools: bool = False) -> list[Conversation]:
     """The first `count` prompts, at most twice `TEXTS`: each text alone, then, for a chat model, after some history.
+
+    Args:
+        tools: the chat template takes tools; the last few prompts, of however many, then offer and call some.
 
     Raises:
         UserError: more than there are.
@@ -124,7 +167,10 @@ def conversations(count: int, chat: bool) -> list[Conversation]:
     every = plain + (later if chat else backward)
     if count > len(every):
         raise UserError("there are not so many prompts", where="--prompts", value=count, fix=f"use at most {len(every)}")
-    return every[:count]
+    if not tools:
+        return every[:count]
+    called = [Conversation(messages=turns, tools=(CALCULATOR, SEARCH)) for turns in _WITH_CALLS]
+    return [*every[: max(0, count - len(called))], *called[:count]]
 
 
 def plain_text(conversation: Conversation) -> str:
@@ -142,14 +188,14 @@ def prompt_ids(checkpoint: Checkpoint, conversation: Conversation) -> list[int]:
 
 @torch.no_grad()
 def reference_cases(checkpoint: Checkpoint, asked: Sequence[Conversation], new_tokens: int) -> list[Case]:
-    """The trainer's answers: a full forward pass for every token. Prompts that don't fit the context are left out.
+    """The trainer's answers: a full forward pass for every token. Prompts that don't fit the context are left out, and tool
+    calls for which the chat template has no form.
 
     Raises:
-        UserError: none fits.
+        UserError: none fits, or the template refuses plain talk.
     """
     model, stops = checkpoint.model.eval(), checkpoint.tokenizer.stop_ids
-    asked = [_accepted(checkpoint, conversation) for conversation in asked]
-    prompts = [(conversation, prompt_ids(checkpoint, conversation)) for conversation in asked]
+    prompts = [found for conversation in asked if (found := _accepted(checkpoint, conversation))]
     prompts = [(conversation, ids) for conversation, ids in prompts if len(ids) + new_tokens <= model.config.context]
     if not prompts:
         fix = f"use fewer than {new_tokens} new tokens; the model's context is {model.config.context}"
@@ -164,14 +210,20 @@ def reference_cases(checkpoint: Checkpoint, asked: Sequence[Conversation], new_t
     return cases
 
 
-def _accepted(checkpoint: Checkpoint, conversation: Conversation) -> Conversation:
-    """The conversation, without a system message where the model's chat template has no form for one."""
+def _accepted(checkpoint: Checkpoint, conversation: Conversation) -> tuple[Conversation, list[int]] | None:
+    """The conversation as the model's chat template takes it, and its ids: without a system message where that has no form for
+    one; None where it has none for tool calls."""
+    plain = tuple(message for message in conversation.messages if message.role != "system")
+    other = conversation.model_copy(update={"messages": plain})
     try:
-        prompt_ids(checkpoint, conversation)
+        return conversation, prompt_ids(checkpoint, conversation)
     except UserError:
-        plain = tuple(message for message in conversation.messages if message.role != "system")
-        return conversation.model_copy(update={"messages": plain})
-    return conversation
+        try:
+            return other, prompt_ids(checkpoint, other)
+        except UserError:
+            if conversation.tools:
+                return None
+            raise
 
 
 def compare(reader: Reader, cases: Sequence[Case], new_tokens: int) -> Agreement:

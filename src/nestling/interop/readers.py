@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from nestling.interop.gguf import Precision, export_gguf
 from nestling.model.checkpoint import Checkpoint, save
 from nestling.model.hub import OWN_FORM
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.foreign import template_rows
 
 TOLERANCE = 1e-3
 """Nats. Two orders of adding float32 numbers differ by about 1e-5 in logits of size 10."""
@@ -76,6 +78,7 @@ class TransformersReader(Reader):
 
     def __init__(self, folder: Path) -> None:
         library: Any = importlib.import_module("transformers")
+        importlib.import_module("transformers.utils.logging").disable_progress_bar()
         self._tokenizer = library.AutoTokenizer.from_pretrained(folder)
         self._model = library.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -85,8 +88,8 @@ class TransformersReader(Reader):
             ids = self._tokenizer(plain_text(conversation))["input_ids"]
             begins = ids[:1] == [self._tokenizer.bos_token_id]
             return ids if begins else [self._tokenizer.eos_token_id, *ids]
-        rows = [message.to_row() for message in conversation.messages]
-        return self._tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=True)["input_ids"]
+        rows, tools = template_rows(conversation.messages), list(conversation.tools) or None
+        return self._tokenizer.apply_chat_template(rows, tools, add_generation_prompt=True, return_dict=True)["input_ids"]
 
     @torch.no_grad()
     def differences(self, cases: Sequence[Case]) -> list[float]:
@@ -104,11 +107,20 @@ class TransformersReader(Reader):
         return replies
 
 
+@functools.cache
+def _llama_cpp() -> tuple[Any, Any]:
+    """llama-cpp-python with a silent log, as it shows llama.cpp's warnings unasked; and the function that is called instead."""
+    library: Any = importlib.import_module("llama_cpp")
+    silent = library.llama_log_callback(lambda level, text, data: None)
+    library.llama_log_set(silent, None)
+    return library, silent
+
+
 class LlamaCppReader(Reader):
     """llama.cpp through llama-cpp-python, with keys and values in float32: what differs is the file and the program."""
 
     def __init__(self, path: Path, precision: str, context: int, threads: int, tokenizer: Tokenizer) -> None:
-        library: Any = importlib.import_module("llama_cpp")
+        library, _ = _llama_cpp()
         exact = {"type_k": library.GGML_TYPE_F32, "type_v": library.GGML_TYPE_F32}
         settings = {"n_ctx": context, "logits_all": True, "verbose": False, "n_threads": threads}
         self._llama = library.Llama(str(path), **settings, **exact)
@@ -130,8 +142,9 @@ class LlamaCppReader(Reader):
         if self._template is None:
             text = plain_text(conversation).encode()
             return [self._start, *self._llama.tokenize(text, add_bos=False, special=False)]
-        rows = [message.to_row() for message in conversation.messages]
-        return self._llama.tokenize(self._template(messages=rows).prompt.encode(), add_bos=False, special=True)
+        rows, tools = template_rows(conversation.messages), list(conversation.tools) or None
+        text = self._template(messages=rows, tools=tools).prompt
+        return self._llama.tokenize(text.encode(), add_bos=False, special=True)
 
     def differences(self, cases: Sequence[Case]) -> list[float]:
         """Of one evaluation of the whole text, at every token."""
