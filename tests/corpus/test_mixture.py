@@ -24,11 +24,11 @@ def rows(tmp_path: Path) -> Path:
 def test_weights_repeat_or_thin_out_training_only(rows: Path, weight: float, expected: int) -> None:
     source = Source(source="files", settings={"paths": [str(rows)]}, weight=weight)
     mixture = Mixture([source], seed=0)
-    taken = Counter(document.id for document in mixture.documents("train"))
+    taken = Counter(document.id for document in mixture.read("documents", "train"))
     assert taken.total() == pytest.approx(expected, rel=0.1)
     assert mixture.tally.items == {"files": taken.total()}
     assert set(taken.values()) <= {int(weight), int(weight) + 1}
-    val = Counter(document.id for document in mixture.documents("val"))
+    val = Counter(document.id for document in mixture.read("documents", "val"))
     assert set(val.values()) == {1}
     assert not val.keys() & taken.keys()
 
@@ -37,17 +37,17 @@ def test_bad_row_policy_reaches_the_source(rows: Path) -> None:
     rows.write_text(rows.read_text() + "nonsense\n")
     source = Source(source="files", settings={"paths": [str(rows)]})
     with pytest.raises(UserError, match=":1001: broken JSON"):
-        list(Mixture([source], seed=0).documents("train"))
+        list(Mixture([source], seed=0).read("documents", "train"))
     mixture = Mixture([source], seed=0, on_bad_row="skip")
-    list(mixture.documents("train"))
+    list(mixture.read("documents", "train"))
     assert len(mixture.tally.skipped) == 1
 
 
 def test_mistakes_are_named(rows: Path) -> None:
     with pytest.raises(UserError, match="files"):
-        list(Mixture([Source(source="flies")], seed=0).documents("train"))
+        list(Mixture([Source(source="flies")], seed=0).read("documents", "train"))
     with pytest.raises(UserError, match=r"sources\.0\.settings.*paths"):
-        list(Mixture([Source(source="files", settings={"path": "x"})], seed=0).documents("train"))
+        list(Mixture([Source(source="files", settings={"path": "x"})], seed=0).read("documents", "train"))
     assert {"files", "world"} <= set(registry.names("corpus.sources"))
 
 
@@ -55,12 +55,12 @@ def test_the_world_offers_everything() -> None:
     settings = {"size": "tiny", "count": 12, "val_share": 0.5}
     mixture = Mixture([Source(settings=settings)], seed=3)
     for what in ("documents", "conversations", "rankings", "prompts", "problems"):
-        train, val = (list(getattr(mixture, what)(split)) for split in ("train", "val"))
+        train, val = (list(mixture.read(what, split)) for split in ("train", "val"))
         assert (len(train), len(val)) == (12, 6)
-        assert train == list(getattr(mixture, what)("train"))
+        assert train == list(mixture.read(what, "train"))
 
 
 def test_the_world_fills_a_budget_of_bytes() -> None:
     mixture = Mixture([Source(settings={"size": "tiny", "bytes": 20_000})], seed=3)
-    size = sum(len(document.text.encode()) for document in mixture.documents("train"))
+    size = sum(len(document.text.encode()) for document in mixture.read("documents", "train"))
     assert 20_000 <= size < 30_000

@@ -8,58 +8,35 @@ import random
 import pytest
 
 from nestling.core.intervals import Interval, bootstrap, wilson
-from nestling.core.types import Message, PromptRow
-from nestling.evaluation.preferences import by_score, in_both_orders, mean_score, win_rate, win_rate_by_scores
-
-ROWS = [PromptRow(prompt=(Message(role="user", content=str(number)),)) for number in range(4)]
-
-
-def length(row: PromptRow, text: str) -> float:
-    return float(len(text))
+from nestling.evaluation.preferences import mean_score, win_rate_by_scores
 
 
 def test_win_rate_by_hand() -> None:
     # Win, loss, tie, win: (1 + 0 + 0.5 + 1) / 4.
-    result = win_rate(ROWS, ["aaa", "a", "aa", "aa"], ["a", "aa", "bb", "b"], by_score(length))
+    result = win_rate_by_scores([3, 1, 2, 2], [1, 2, 2, 1])
     assert (result.value, result.n, result.ties) == (0.625, 4, 1)
     assert result.interval.low < 0.625 < result.interval.high
-    assert result.to_row()["interval"] == list(result.interval)
-
-
-def test_win_rate_by_scores_is_win_rate_by_a_scorer() -> None:
-    first, second = ["aaa", "a", "aa", "aa"], ["a", "aa", "bb", "b"]
-    for margin in (0.0, 1.0):
-        known = win_rate_by_scores([len(text) for text in first], [len(text) for text in second], margin)
-        assert known == win_rate(ROWS, first, second, by_score(length, margin))
-    with pytest.raises(ValueError):
-        win_rate_by_scores([1.0], [1.0, 2.0])
+    assert result.to_row() == {"value": 0.625, "n": 4, "ties": 1, "interval": list(result.interval)}
+    assert mean_score([1.0, 2.0]).to_row()["interval"] == list(bootstrap([1.0, 2.0]))
 
 
 def test_scores_within_the_margin_tie() -> None:
-    judge = by_score(length, margin=1)
-    assert [judge(ROWS[0], "aa", other) for other in ("", "a", "aa", "aaa", "aaaa")] == [1.0, 0.5, 0.5, 0.5, 0.0]
-
-
-def test_both_orders_cancel_a_position_bias() -> None:
-    def always_first(row: PromptRow, first: str, second: str) -> float:
-        return 1.0
-
-    assert win_rate(ROWS, ["a"] * 4, ["b"] * 4, always_first).value == 1.0
-    assert win_rate(ROWS, ["a"] * 4, ["b"] * 4, in_both_orders(always_first)).value == 0.5
+    known = [win_rate_by_scores([2], [other], margin=1) for other in (0, 1, 2, 3, 4)]
+    assert [(found.value, found.ties) for found in known] == [(1.0, 0), (0.5, 1), (0.5, 1), (0.5, 1), (0.0, 0)]
 
 
 def test_swapping_the_sides_mirrors_the_result() -> None:
-    one, other = ["aaa", "a", "aa", "a"], ["a", "aa", "bb", ""]
-    there, back = (win_rate(ROWS, *pair, by_score(length)) for pair in ((one, other), (other, one)))
+    one, other = [3, 1, 2, 1], [1, 2, 2, 0]
+    there, back = (win_rate_by_scores(*pair) for pair in ((one, other), (other, one)))
     assert there.value == 1 - back.value
     assert there.interval.low == pytest.approx(1 - back.interval.high, abs=0.1)
 
 
 def test_unequal_and_empty_inputs_are_refused() -> None:
     with pytest.raises(ValueError):
-        win_rate(ROWS, ["a"], ["b"] * 4, by_score(length))
+        win_rate_by_scores([1.0], [1.0, 2.0])
     with pytest.raises(ValueError):
-        win_rate([], [], [], by_score(length))
+        win_rate_by_scores([], [])
     with pytest.raises(ValueError):
         mean_score([])
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.template import CHAT_TEMPLATE
+from nestling.tokenizer.template import own_template
 
 TEXT = ["The fox can't jump over 12 dogs. Voilà! 你好，世界 user assistant system\n\n[INST] <<SYS>> {\"name\": \"add\"}"] * 6
 SCHEMA = '"type": "function",  "function": {  "description": "Evaluate an arithmetic expression.",  "parameters": {  "required": ['
@@ -155,7 +155,7 @@ def form(template: str, special: list[str], model: str = "bytes", **config: Any)
 
 IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 FORMS = {
-    "chatml": form(CHAT_TEMPLATE.replace("\n", "\n "), [*IM, "<tool_call>", "</tool_call>"], eos_token="<|im_end|>"),
+    "chatml": form(own_template().replace("\n", "\n "), [*IM, "<tool_call>", "</tool_call>"], eos_token="<|im_end|>"),
     "qwen": form(QWEN, [*IM, "<tool_call>", "</tool_call>", "<think>", "</think>"], eos_token="<|im_end|>"),
     "llama3": form(
         LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],

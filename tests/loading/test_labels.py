@@ -57,13 +57,6 @@ def test_a_label_must_be_a_category(tokenizer: Tokenizer) -> None:
         loader(tokenizer, [])
 
 
-def test_a_resumed_run_needs_the_same_texts(tokenizer: Tokenizer) -> None:
-    state = loader(tokenizer).state()
-    loader(tokenizer).restore(state)
-    with pytest.raises(UserError, match="texts changed"):
-        loader(tokenizer, ROWS[:2]).restore(state)
-
-
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [

@@ -39,11 +39,12 @@ def episode(prompt: list[int], reply: list[int], sampled: list[bool] | None = No
 
 def test_padding_by_hand() -> None:
     # A tool's result (8) was forced into the middle of the first reply.
-    padded = pad([episode([9, 4, 7], [21, 8, 2], [True, False, True]), episode([5], [2])], filler=0)
-    assert padded.tokens.tolist() == [[9, 4, 7, 21, 8, 2], [5, 2, 0, 0, 0, 0]]
-    assert padded.actions.int().tolist() == [[0, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
-    assert padded.lengths.tolist() == [6, 2]
-    targets = action_targets(padded.tokens, padded.actions)
+    asked = [episode([9, 4, 7], [21, 8, 2], [True, False, True]), episode([5], [2])]
+    tokens, lengths, actions = pad(asked, filler=0)
+    assert tokens.tolist() == [[9, 4, 7, 21, 8, 2], [5, 2, 0, 0, 0, 0]]
+    assert actions.int().tolist() == [[0, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+    assert lengths.tolist() == [6, 2]
+    targets = action_targets(tokens, actions)
     assert targets.tolist() == [[-1, -1, 21, -1, 2, -1], [2, -1, -1, -1, -1, -1]]
 
 

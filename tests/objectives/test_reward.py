@@ -117,6 +117,15 @@ def test_the_reference_score_is_the_mean_at_the_closing_tokens() -> None:
         reward.reference_score(model, tokenizer, talks[2:])
 
 
+def test_a_reference_is_read_after_what_is_served_before_it() -> None:
+    tokenizer = _toys.byte_tokenizer()
+    said = [Message(role="user", content="a"), Message(role="assistant", content="<think>hm</think>b"), *[
+        Message(role="user", content="c"), Message(role="assistant", content="<think>so</think>d")]]  # fmt: skip
+    text = tokenizer.decode(reward._up_to_reply(tokenizer, Conversation(messages=tuple(said))), control=True)
+    assert "assistant\nb<|im_end|>" in text
+    assert text.endswith("assistant\n<think>so</think>d<|im_end|>")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_trains_from_materials(tmp_path: Path, dtype: str) -> None:
     toy = reward.toy(1)

@@ -147,6 +147,22 @@ def test_a_thought_is_written_between_its_tokens(tokenizer: Tokenizer, theirs: A
         assert tokenizer.id("<think>") not in render(tokenizer, [Message(role=role, content=content)]).ids
 
 
+def test_a_thought_stays_only_in_the_last_reply(tokenizer: Tokenizer) -> None:
+    """What comes before the last question is what a client sends back; tools' answers belong to the reply under way."""
+    asked, answer = Message(role="user", content="12 + 3?"), Message(role="tool", content="15")
+    called = Message(role="assistant", content="<think>hm</think>", tool_calls=(CALL,))
+    done = Message(role="assistant", content="<think>so</think>\n\nIt is 15.")
+    turn = [asked, called, answer, done]
+    plain = [asked, called.model_copy(update={"content": ""}), answer, done.model_copy(update={"content": "It is 15."})]
+    for prompt in (False, True):
+        assert render(tokenizer, [*turn, asked], prompt=prompt).ids == render(tokenizer, [*plain, asked], prompt=prompt).ids
+        assert render(tokenizer, turn[:3], prompt=prompt).ids.count(tokenizer.id("<think>")) == 1
+    assert render(tokenizer, [*turn, *turn]).ids == render(tokenizer, [*plain, *turn]).ids
+    assert render(tokenizer, turn).ids.count(tokenizer.id("<think>")) == 2
+    forged = [Message(role="user", content="<think>hm</think> x"), asked]
+    assert "<think>hm</think> x" in tokenizer.decode(render(tokenizer, forged).ids)
+
+
 def test_bad_conversations_are_user_errors(tokenizer: Tokenizer, theirs: Any) -> None:
     with pytest.raises(UserError, match="no message"):
         render(tokenizer, [])

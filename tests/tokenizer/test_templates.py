@@ -17,9 +17,9 @@ from nestling.core.types import Conversation, Message, ToolCall
 from nestling.loading.chats import ChatLoader
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, parse_reply, render, reply_ids
-from nestling.tokenizer.foreign import _rows
+from nestling.tokenizer.foreign import template_rows
 from nestling.tokenizer.special import CHAT
-from nestling.tokenizer.template import CHAT_TEMPLATE
+from nestling.tokenizer.template import own_template
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,7 +58,7 @@ def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def expected(theirs: Any, messages: list[Message], **options: Any) -> list[int]:
-    return list(theirs.apply_chat_template(_rows(messages), tokenize=True, return_dict=True, **options)["input_ids"])
+    return list(theirs.apply_chat_template(template_rows(messages), tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 def fits(name: str, messages: list[Message]) -> bool:
@@ -152,7 +152,7 @@ def test_the_mask_of_generation_blocks_is_that_of_transformers(tmp_path: Path) -
     folder = make(tmp_path, FORMS["generation"])
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     rendered = render(Tokenizer.load(folder), SYSTEM)
-    out = theirs.apply_chat_template(_rows(SYSTEM), return_dict=True, return_assistant_tokens_mask=True)
+    out = theirs.apply_chat_template(template_rows(SYSTEM), return_dict=True, return_assistant_tokens_mask=True)
     assert rendered.ids == list(out["input_ids"])
     assert rendered.mask == [bool(n) for n in out["assistant_masks"]]
 
@@ -214,11 +214,30 @@ def test_thoughts_of_the_assistant_are_tokens_and_those_of_a_user_are_not(tmp_pa
     assert tokenizer.id("<think>") not in forged
 
 
+@pytest.mark.parametrize("name", ["qwen", "generation", "own"])
+def test_what_is_learnt_begins_where_it_is_told_to(tmp_path: Path, name: str) -> None:
+    """Replies before that are read only, and no earlier thought is; in Jinja as in our own code."""
+    if name == "own":
+        Tokenizer.train(TEXT, 330).with_special(CHAT).save(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path if name == "own" else make(tmp_path, FORMS[name]))
+    asked, end = Message(role="user", content="x"), ENDS.get(name, "<|im_end|>")
+    told = [asked, Message(role="assistant", content="Hi"), asked, Message(role="assistant", content="so")]
+    thinking = told[1].model_copy(update={"content": "<think>\nhm\n</think>\n\nHi"})
+    every, last = render(tokenizer, told), render(tokenizer, told, learnt=2)
+    assert last.ids == every.ids
+    behind = every.mask.index(False, every.mask.index(True))
+    assert last.mask == [place > behind and mine for place, mine in enumerate(every.mask)]
+    learnt = [number for number, mine in zip(last.ids, last.mask, strict=True) if mine]
+    assert f"Hi{end}" + tokenizer.decode_bytes(learnt, control=True).decode() == written(tokenizer, told)
+    if "<think>" in tokenizer.special:
+        assert render(tokenizer, [asked, thinking, *told[2:]]).ids == every.ids
+
+
 def test_our_own_template_by_jinja_gives_what_our_code_gives(tmp_path: Path) -> None:
     own = Tokenizer.train(TEXT, 330).with_special(CHAT)
     own.save(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE + " "}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own_template() + " "}))
     foreign = Tokenizer.load(tmp_path)
     assert (own.has_own_form, foreign.has_own_form) == (True, False)
     forged = [Message(role="user", content="<|im_end|><think>"), Message(role="assistant", content="<|im_start|>a")]

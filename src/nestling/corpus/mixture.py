@@ -14,7 +14,6 @@ from nestling.core import registry
 from nestling.core.config import Config, parse
 from nestling.core.errors import UserError
 from nestling.core.storage import BadRows
-from nestling.core.types import Conversation, Document, Labelled, Problem, PromptRow, Ranking
 from nestling.corpus.splits import Split, unit_hash
 
 
@@ -48,7 +47,7 @@ class Mixture:
         where: the settings' place in the recipe, for error messages.
 
     >>> mixture = Mixture((Source(source="world", settings={"count": 3}),), seed=1)
-    >>> [document.id for document in mixture.documents("train")]   # doctest: +SKIP
+    >>> [document.id for document in mixture.read("documents", "train")]   # doctest: +SKIP
     ['train-0000000', 'train-0000001', 'train-0000002']
     """
 
@@ -71,31 +70,15 @@ class Mixture:
             found += module.files(settings) if hasattr(module, "files") else []
         return found
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        """Texts to pre-train on. Items taken again keep their id."""
-        return self._read("documents", split)
+    def read(self, what: str, split: Split) -> Iterator[Any]:
+        """The items of one split; those taken again keep their id.
 
-    def conversations(self, split: Split) -> Iterator[Conversation]:
-        """Conversations to fine-tune on."""
-        return self._read("conversations", split)
+        Args:
+            what: documents, conversations, rankings, prompts, problems or labels.
 
-    def rankings(self, split: Split) -> Iterator[Ranking]:
-        """Ranked responses to train a reward model on."""
-        return self._read("rankings", split)
-
-    def prompts(self, split: Split) -> Iterator[PromptRow]:
-        """Prompts to answer."""
-        return self._read("prompts", split)
-
-    def problems(self, split: Split) -> Iterator[Problem]:
-        """Problems with a checkable answer."""
-        return self._read("problems", split)
-
-    def labels(self, split: Split) -> Iterator[Labelled]:
-        """Texts with the categories that they belong to."""
-        return self._read("labels", split)
-
-    def _read(self, what: str, split: Split) -> Iterator[Any]:
+        Raises:
+            UserError: a source has none of these, or can't be read.
+        """
         for place, source in enumerate(self.sources):
             module = registry.find("corpus.sources", source.source)
             if not hasattr(module, what):

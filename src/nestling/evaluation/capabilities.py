@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import Field
 
@@ -84,27 +84,8 @@ class Capability:
 
     def to_row(self) -> dict[str, Any]:
         """The entry of report.json."""
-        return {
-            "value": self.value,
-            "n": self.n,
-            "bar": self.bar,
-            "interval": list(self.interval),
-            "higher_is_better": self.higher_is_better,
-            "reached": self.reached,
-            "failures": [vars(sample) for sample in self.failures],
-        }
-
-
-class Task(Protocol):
-    """What a file of `tasks/` offers."""
-
-    HIGHER_IS_BETTER: bool
-
-    def problems(self, world: Any, seed: int, count: int) -> list[PromptRow]:
-        """``count`` rows, the same for the same seed."""
-
-    def check(self, row: PromptRow, replies: list[str]) -> float:
-        """The share of the point that the replies deserve, in [0, 1]."""
+        failures = [vars(sample) for sample in self.failures]
+        return vars(self) | {"interval": list(self.interval), "reached": self.reached, "failures": failures}
 
 
 def exam(name: str, world: Any, settings: TaskSettings) -> Exam:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_MULTIPLE = 32  # rows are padded to a multiple of this many slots: few shapes, little waste
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,20 @@ class TokenBatch:
         """Units in this batch: `tokens` that are learnt (sum of weights) and `sequences` (rows)."""
         return {"tokens": float(self.weights.sum()), "sequences": float(len(self.ids))}
 
-    def text_only(self, byte_lengths: Tensor) -> Self:
-        """The same batch with no weight on control tokens: what bits per byte sums the loss over.
+    def byte_count(self, byte_lengths: Tensor) -> int:
+        """Bytes of the text that the weighted targets stand for: the denominator of bits per byte.
 
         Args:
             byte_lengths: [V] bytes of each id, 0 for control tokens.
         """
-        return replace(self, weights=self.weights * (byte_lengths.to(self.targets.device)[self.targets] > 0))
-
-    def byte_count(self, byte_lengths: Tensor) -> int:
-        """Bytes of the text that the weighted targets stand for: the denominator of bits per byte."""
         return int(byte_lengths.to(self.targets.device)[self.targets][self.weights > 0].sum())
+
+
+class Batches(Protocol):
+    """Where training batches come from: a pure function of the step."""
+
+    def batch(self, step: int) -> TokenBatch:
+        """The batch of a step, from 0."""
 
 
 class BatchArrays:
@@ -75,3 +82,13 @@ class BatchArrays:
         """The finished batch."""
         parts = (self.ids, self.targets, self.weights, self.positions, self.segments)
         return TokenBatch(*map(torch.from_numpy, parts))
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, context: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids, right-padded with `filler` to at most `context` slots, [N, T] long, and their lengths, [N] long."""
+    lengths = [len(row) for row in rows]
+    width = min(context, math.ceil(max(lengths) / _MULTIPLE) * _MULTIPLE)
+    ids = torch.full((len(rows), width), filler)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+    return ids, torch.tensor(lengths)

@@ -1,20 +1,24 @@
-"""Batches of conversations, packed; only what the assistant writes is learnt."""
+"""Batches of conversations, packed; only what the assistant writes is learnt.
+
+A reply is learnt after what came before it as it is served: without the thoughts of earlier replies. So a conversation is
+learnt in as many pieces as it has replies with thoughts (see `_pieces`), and in one where nobody thinks.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from nestling.core.errors import UserError
-from nestling.core.types import Conversation
+from nestling.core.types import Conversation, Message
 from nestling.loading.batches import TokenBatch
-from nestling.loading.order import EpochOrder, check_state
+from nestling.loading.order import EpochOrder
 from nestling.loading.packing import PackedRows, Pieces
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import render
+from nestling.tokenizer.conversation import ASKING, render, split_thought
 
 TooLong = Literal["error", "drop", "cut"]
 """What happens to an item that does not fit the context: stop, leave it out and count it, or keep its beginning."""
@@ -37,16 +41,17 @@ class ChatLoader:
         self, conversations: Iterable[Conversation], tokenizer: Tokenizer, context: int, batch_rows: int, seed: int,
         *, too_long: TooLong = "error",
     ) -> None:  # fmt: skip
-        self.context, self.batch_rows, self.seed, self.too_long = context, batch_rows, seed, too_long
+        self.context, self.batch_rows, self.too_long = context, batch_rows, too_long
         self.dropped = self.cut = 0
         ids: list[np.ndarray] = []
         learnt: list[np.ndarray] = []
         for number, conversation in enumerate(conversations):
-            rendered = render(tokenizer, conversation.messages, conversation.tools)
-            length = self._allowed(number, len(rendered.ids), rendered.mask)
-            if length:
-                ids.append(np.array(rendered.ids[:length], dtype=np.uint32))
-                learnt.append(np.array(rendered.mask[:length], dtype=bool))
+            for start, end in _pieces(tokenizer, conversation.messages):
+                rendered = render(tokenizer, conversation.messages[:end], conversation.tools, learnt=start)
+                length = self._allowed(number, len(rendered.ids), rendered.mask)
+                if length:
+                    ids.append(np.array(rendered.ids[:length], dtype=np.uint32))
+                    learnt.append(np.array(rendered.mask[:length], dtype=bool))
         if not ids:
             raise UserError(
                 "no conversation to learn from", where="chats", fix="give data with assistant turns that fit"
@@ -85,19 +90,20 @@ class ChatLoader:
 
     def validation(self) -> Iterator[TokenBatch]:
         """Every row once, in fixed order; the last batch is filled up with rows of weight 0."""
-        for first in range(0, self.row_count, self.batch_rows):
-            yield self._packed.batch(range(first, min(first + self.batch_rows, self.row_count)), self.batch_rows)
+        return self._packed.in_order(self.batch_rows)
 
-    def state(self) -> dict[str, object]:
-        """What a resumed run must find unchanged."""
-        digest = zlib.crc32(self._packed.stream.tobytes())
-        sizes = {"context": self.context, "batch_rows": self.batch_rows, "seed": self.seed}
-        return {"conversations": self.conversations, "content": digest, **sizes}
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Check a saved state against this loader.
+def _pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each piece: messages up to `end` are read, and what the assistant says from `start` on is learnt.
 
-        Raises:
-            UserError: the data or a setting changed.
-        """
-        check_state(state, self.state(), "chat")
+    A piece ends with every reply that begins with a thought, for what follows is served without it. Each assistant message
+    is learnt once.
+    """
+    start = 0
+    asked = [place for place, message in enumerate(messages) if message.role in ASKING]
+    for begin, end in pairwise([0, *asked, len(messages)]):
+        if any(split_thought(tokenizer, message)[0] is not None for message in messages[begin:end]):
+            yield start, end
+            start = end
+    if not start or any(message.role == "assistant" for message in messages[start:]):
+        yield start, len(messages)

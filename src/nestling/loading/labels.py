@@ -5,34 +5,26 @@ The second one is where the classifier answers: by then it has read everything, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
 from nestling.core.types import Labelled
+from nestling.loading.batches import padded
 from nestling.loading.chats import TooLong
-from nestling.loading.order import EpochOrder, check_state
+from nestling.loading.order import EpochOrder
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.special import PAD
 
 FRAME = 2  # tokens around a text
-_MULTIPLE = 32  # rows are padded to a multiple of this many slots: few shapes, little waste
 
 
 def framed(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """A text's ids as a classifier reads them: <|endoftext|> before and after."""
     return [tokenizer.end_of_text, *ids, tokenizer.end_of_text]
-
-
-def filler(tokenizer: Tokenizer) -> int:
-    """The id behind a short row's end: <|pad|>, where the tokenizer has it (a base model's does not)."""
-    return tokenizer.special.get(PAD, tokenizer.end_of_text)
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,10 @@ class LabelLoader:
         self, rows: Sequence[Labelled], tokenizer: Tokenizer, context: int, batch_rows: int, seed: int,
         categories: Sequence[str], *, too_long: TooLong = "cut",
     ) -> None:  # fmt: skip
-        self.context, self.batch_rows, self.seed, self.too_long = context, batch_rows, seed, too_long
+        self.context, self.batch_rows, self.too_long = context, batch_rows, too_long
         self.categories = tuple(categories)
         self.dropped = self.cut = 0
-        self._filler = filler(tokenizer)
+        self._filler = tokenizer.filler
         for number, row in enumerate(rows):
             _check(number, row, self.categories)
         encoded = tokenizer.encode_batch([row.text for row in rows])
@@ -123,26 +115,9 @@ class LabelLoader:
             yield self._batch(range(first, min(first + self.batch_rows, len(self.rows))))
 
     def _batch(self, places: Sequence[int]) -> LabelBatch:
-        lengths = [len(self._ids[place]) for place in places]
-        width = min(self.context, math.ceil(max(lengths) / _MULTIPLE) * _MULTIPLE)
-        ids = np.full((len(places), width), self._filler, dtype=np.int64)
-        for row, place in enumerate(places):
-            ids[row, : lengths[row]] = self._ids[place]
+        ids, lengths = padded([self._ids[place] for place in places], self._filler, self.context)
         chosen = torch.tensor(list(places))
-        return LabelBatch(torch.from_numpy(ids), torch.tensor(lengths), self.targets[chosen], self.judged[chosen])
-
-    def state(self) -> dict[str, object]:
-        """What a resumed run must find unchanged."""
-        sizes = {"context": self.context, "batch_rows": self.batch_rows, "seed": self.seed}
-        return {"texts": len(self.rows), "tokens": sum(map(len, self._ids)), **sizes}
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Check a saved state against this loader.
-
-        Raises:
-            UserError: the data or a setting changed.
-        """
-        check_state(state, self.state(), "label")
+        return LabelBatch(ids, lengths, self.targets[chosen], self.judged[chosen])
 
 
 def _check(number: int, row: Labelled, categories: Sequence[str]) -> None:

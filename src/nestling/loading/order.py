@@ -6,7 +6,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from nestling.core.errors import UserError
 from nestling.core.runtime import stream_seed
 
 
@@ -39,17 +38,3 @@ class EpochOrder:
             chosen = epochs == epoch
             rows[chosen] = self._permutation(int(epoch))[within[chosen]]
         return epochs, rows
-
-
-def check_state(saved: dict[str, object], now: dict[str, object], what: str) -> None:
-    """Refuse to resume on other data or settings than the ones that the saved state was made with.
-
-    Raises:
-        UserError: names the first thing that differs.
-    """
-    for key, value in now.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"can't resume: the {what} loader's {key} changed from {saved.get(key)!r}",
-                value=value, fix="start again, or put the old setting or data back",
-            )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,6 +97,11 @@ class PackedRows:
         for place, row in enumerate(rows):
             self._fill_row(out, place, self.rows[row])
         return out.tensors()
+
+    def in_order(self, batch_rows: int) -> Iterator[TokenBatch]:
+        """Every row once, in fixed order; the last batch is filled up with rows of weight 0."""
+        for first in range(0, len(self), batch_rows):
+            yield self.batch(range(first, min(first + batch_rows, len(self))), batch_rows)
 
     def _fill_row(self, out: BatchArrays, place: int, pieces: Sequence[int]) -> None:
         end = 0

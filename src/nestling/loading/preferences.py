@@ -13,12 +13,11 @@ from torch import Tensor
 
 from nestling.core.errors import UserError
 from nestling.core.types import Message, Ranking
+from nestling.loading.batches import padded
 from nestling.loading.chats import TooLong
-from nestling.loading.order import EpochOrder, check_state
+from nestling.loading.order import EpochOrder
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render, reply_ids
-
-_MULTIPLE = 32  # rows are padded to a multiple of this many slots: few shapes, little waste
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,6 @@ class RankingBatch:
     """[R, T] long, right-padded: prompt and response, ending with <|im_end|>."""
     lengths: Tensor
     """[R] long: tokens of each row; the reward is read at slot lengths − 1."""
-    prompt_lengths: Tensor
-    """[R] long: tokens of the prompt, "<|im_start|>assistant\\n" included."""
     values: Tensor
     """[R] float32: what responses are ordered by (score, or minus rank)."""
     groups: Tensor
@@ -58,7 +55,7 @@ class RankingBatch:
         mine = (self.groups >= start) & (self.groups < stop)
         first = int(mine.nonzero()[0]) if mine.any() else 0
         pair = mine[self.pairs[:, 0]]
-        taken = {name: getattr(self, name)[mine] for name in ("ids", "lengths", "prompt_lengths", "values")}
+        taken = {name: getattr(self, name)[mine] for name in ("ids", "lengths", "values")}
         return replace(
             self,
             **taken,
@@ -73,19 +70,12 @@ class RankingBatch:
         """[R, T] bool: true on tokens, false on padding."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    @property
-    def counts(self) -> dict[str, float]:
-        """Units in this batch: `prompts`, `pairs` (without ties) and `sequences` (responses)."""
-        sizes = (len(self.numbers), len(self.pairs), len(self.ids))
-        return dict(zip(("prompts", "pairs", "sequences"), map(float, sizes), strict=True))
-
 
 @dataclass(frozen=True)
 class _Group:
-    """One ranking, rendered: K rows of ids with the number of prompt tokens before each response."""
+    """One ranking, rendered: K rows of ids."""
 
     number: int
-    prompt_length: int
     rows: list[list[int]]
     values: list[float]
 
@@ -97,7 +87,7 @@ class RankingLoader:
         context: most tokens of a prompt with one response.
         too_long: "error", "drop" (the response is left out, and the ranking when fewer than 2 are left), or "cut" (the
             response loses its end but keeps <|im_end|>; a prompt that fills the context is dropped).
-            `.dropped` and `.cut` count responses, `.dropped_rankings` rankings.
+            `.dropped` and `.cut` count responses.
 
     Raises:
         UserError: a response longer than the context under "error"; or no ranking left.
@@ -107,12 +97,11 @@ class RankingLoader:
         self, rankings: Iterable[Ranking], tokenizer: Tokenizer, context: int, batch_prompts: int, seed: int,
         *, too_long: TooLong = "error",
     ) -> None:  # fmt: skip
-        self.context, self.batch_prompts, self.seed, self.too_long = context, batch_prompts, seed, too_long
-        self.dropped = self.cut = self.dropped_rankings = 0
+        self.context, self.batch_prompts, self.too_long = context, batch_prompts, too_long
+        self.dropped = self.cut = 0
         self._tokenizer, self._pad = tokenizer, tokenizer.filler
         groups = [self._group(number, ranking) for number, ranking in enumerate(rankings)]
         self.groups = [group for group in groups if group is not None]
-        self.dropped_rankings = len(groups) - len(self.groups)
         if not self.groups:
             raise UserError("no ranking to learn from", where="rankings", fix="give rankings that fit the context")
         self.row_count = len(self.groups)
@@ -128,7 +117,7 @@ class RankingLoader:
             kept += [(row, response.value)] if row else []
         if len(kept) < 2:
             return None
-        return _Group(number, len(prompt), [row for row, _ in kept], [value for _, value in kept])
+        return _Group(number, [row for row, _ in kept], [value for _, value in kept])
 
     def _fitted(self, number: int, prompt: list[int], response: list[int]) -> list[int]:
         """Prompt and response within the context, or an empty list where the response is left out."""
@@ -159,37 +148,18 @@ class RankingLoader:
 
     def _batch(self, groups: list[_Group]) -> RankingBatch:
         rows = [row for group in groups for row in group.rows]
-        lengths = [len(row) for row in rows]
-        width = min(self.context, math.ceil(max(lengths) / _MULTIPLE) * _MULTIPLE)
-        ids = np.full((len(rows), width), self._pad, dtype=np.int64)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = row
+        ids, lengths = padded(rows, self._pad, self.context)
         pairs, weights = _pairs(groups)
         sizes = [len(group.rows) for group in groups]
         return RankingBatch(
-            ids=torch.from_numpy(ids),
-            lengths=torch.tensor(lengths),
-            prompt_lengths=torch.tensor(np.repeat([group.prompt_length for group in groups], sizes)),
+            ids=ids,
+            lengths=lengths,
             values=torch.tensor([value for group in groups for value in group.values], dtype=torch.float32),
             groups=torch.tensor(np.repeat(np.arange(len(groups)), sizes)),
             pairs=torch.tensor(pairs, dtype=torch.long).reshape(-1, 2),
             pair_weights=torch.tensor(weights, dtype=torch.float32),
             numbers=torch.tensor([group.number for group in groups]),
         )
-
-    def state(self) -> dict[str, object]:
-        """What a resumed run must find unchanged."""
-        tokens = sum(len(row) for group in self.groups for row in group.rows)
-        sizes = {"context": self.context, "batch_prompts": self.batch_prompts, "seed": self.seed}
-        return {"rankings": self.row_count, "tokens": tokens, **sizes}
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Check a saved state against this loader.
-
-        Raises:
-            UserError: the data or a setting changed.
-        """
-        check_state(state, self.state(), "ranking")
 
 
 def _pairs(groups: list[_Group]) -> tuple[list[tuple[int, int]], list[float]]:

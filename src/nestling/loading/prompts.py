@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nestling.core.errors import UserError
-from nestling.core.runtime import stream_seed
 from nestling.core.types import PromptRow
-from nestling.loading.order import EpochOrder, check_state
+from nestling.loading.order import EpochOrder
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import render
 
@@ -18,16 +17,12 @@ from nestling.tokenizer.conversation import render
 class Prompt:
     """One prompt, rendered up to "<|im_start|>assistant\\n".
 
-    >>> Prompt(ids=[257, 300], row=PromptRow(prompt=()), number=0, seed=7).number
-    0
+    >>> Prompt(ids=[257, 300], row=PromptRow(prompt=())).ids
+    [257, 300]
     """
 
     ids: list[int]
     row: PromptRow
-    number: int
-    """Which row of the data it is."""
-    seed: int
-    """For sampling: depends on the loader's seed and the prompt's place in the endless order, so never repeats."""
 
 
 class PromptLoader:
@@ -48,13 +43,13 @@ class PromptLoader:
         self, rows: Iterable[PromptRow], tokenizer: Tokenizer, context: int, batch_rows: int, seed: int,
         *, reserve: int = 1, too_long: Literal["error", "drop"] = "error",
     ) -> None:  # fmt: skip
-        self.batch_rows, self.seed, self.most = batch_rows, seed, context - reserve
+        self.batch_rows, self.most = batch_rows, context - reserve
         self.dropped = 0
-        self._prompts: list[tuple[int, list[int], PromptRow]] = []
+        self._prompts: list[Prompt] = []
         for number, row in enumerate(rows):
             ids = render(tokenizer, row.prompt, row.tools, prompt=True).ids
             if len(ids) <= self.most:
-                self._prompts.append((number, ids, row))
+                self._prompts.append(Prompt(ids, row))
             elif too_long == "error":
                 raise UserError(
                     f"prompt {number} has {len(ids)} tokens, {self.most} fit (context {context}, {reserve} to answer)",
@@ -71,28 +66,10 @@ class PromptLoader:
 
     def batch(self, step: int) -> list[Prompt]:
         """The prompts of one step; a rank takes its slice of the list."""
-        first = step * self.batch_rows
-        _, rows = self.order.take(first, self.batch_rows)
-        return [self._prompt(int(row), first + place) for place, row in enumerate(rows)]
+        _, rows = self.order.take(step * self.batch_rows, self.batch_rows)
+        return [self._prompts[row] for row in rows]
 
     def validation(self) -> Iterator[list[Prompt]]:
         """Every prompt once, in fixed order."""
         for first in range(0, self.row_count, self.batch_rows):
-            yield [self._prompt(row, row) for row in range(first, min(first + self.batch_rows, self.row_count))]
-
-    def _prompt(self, row: int, place: int) -> Prompt:
-        number, ids, source = self._prompts[row]
-        return Prompt(list(ids), source, number, stream_seed(self.seed, "prompt", place))
-
-    def state(self) -> dict[str, object]:
-        """What a resumed run must find unchanged."""
-        tokens = sum(len(ids) for _, ids, _ in self._prompts)
-        return {"prompts": self.row_count, "tokens": tokens, "batch_rows": self.batch_rows, "seed": self.seed}
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Check a saved state against this loader.
-
-        Raises:
-            UserError: the data or a setting changed.
-        """
-        check_state(state, self.state(), "prompt")
+            yield self._prompts[first : first + self.batch_rows]

@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import Protocol
 
-from nestling.loading.batches import TokenBatch
+from nestling.loading.batches import Batches, TokenBatch
 from nestling.loading.shards import Shards
 
 SHORT = 32  # tokens below which two documents may well say the same
@@ -30,13 +29,6 @@ def _documents(shards: Shards) -> Iterator[int]:
     bounds = zip(shards.offsets[:-1].tolist(), shards.offsets[1:].tolist(), strict=True)
     long = ((start, stop) for start, stop in bounds if stop - start >= SHORT)
     return (hash(shards[start:stop].tobytes()) for start, stop in islice(long, LOOKED_AT))
-
-
-class Batches(Protocol):
-    """A loader of batches."""
-
-    def batch(self, step: int) -> TokenBatch:
-        """The batch of a step, from 0."""
 
 
 class Counted:

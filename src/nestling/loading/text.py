@@ -9,7 +9,7 @@ import numpy as np
 
 from nestling.core.errors import UserError
 from nestling.loading.batches import BatchArrays, TokenBatch
-from nestling.loading.order import EpochOrder, check_state, epoch_generator
+from nestling.loading.order import EpochOrder, epoch_generator
 from nestling.loading.packing import PackedRows, Pieces
 from nestling.loading.shards import Shards
 
@@ -44,15 +44,12 @@ class TextLoader:
             self.row_count = len(self._packed)
         else:
             self.row_count = max(1, (shards.tokens - context) // context)
-            self._check_length()
+            if shards.tokens < context + 1:
+                raise UserError(
+                    f"the text has {shards.tokens} tokens, less than one row of {context} + 1",
+                    where=shards.folder, fix="use more text or a smaller context",
+                )  # fmt: skip
         self.order = EpochOrder(self.row_count, seed, "text")
-
-    def _check_length(self) -> None:
-        if self.shards.tokens < self.context + 1:
-            raise UserError(
-                f"the text has {self.shards.tokens} tokens, less than one row of {self.context} + 1",
-                where=self.shards.folder, fix="use more text or a smaller context",
-            )  # fmt: skip
 
     @property
     def fill(self) -> float:
@@ -76,9 +73,7 @@ class TextLoader:
     def validation(self) -> Iterator[TokenBatch]:
         """All text once, in fixed order; the last batch is filled up with rows of weight 0."""
         if self._packed:
-            for first in range(0, self.row_count, self.batch_rows):
-                rows = range(first, min(first + self.batch_rows, self.row_count))
-                yield self._packed.batch(rows, self.batch_rows)
+            yield from self._packed.in_order(self.batch_rows)
             return
         starts = list(range(0, self.shards.tokens - 1, self.context))
         for first in range(0, len(starts), self.batch_rows):
@@ -105,22 +100,3 @@ class TextLoader:
         out.segments += np.cumsum(begins, axis=1)
         slots = np.arange(self.context)
         out.positions[:] = slots - np.maximum.accumulate(np.where(begins, slots, 0), axis=1)
-
-    def state(self) -> dict[str, object]:
-        """What a resumed run must find unchanged."""
-        return {
-            "tokenizer": self.shards.index["tokenizer"],
-            "tokens": self.shards.tokens,
-            "context": self.context,
-            "batch_rows": self.batch_rows,
-            "seed": self.seed,
-            "mode": self.mode,
-        }
-
-    def restore(self, state: dict[str, object]) -> None:
-        """Check a saved state against this loader.
-
-        Raises:
-            UserError: the data or a setting changed.
-        """
-        check_state(state, self.state(), "text")

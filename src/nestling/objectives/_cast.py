@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nestling.core.errors import UserError
 from nestling.core.types import PromptRow, Scorer
-from nestling.loading.batches import TokenBatch
+from nestling.loading.batches import Batches
 from nestling.loading.prompts import PromptLoader
 from nestling.model.checkpoint import Checkpoint
 from nestling.model.decoder import Decoder
@@ -23,13 +22,6 @@ from nestling.objectives._materials import Materials
 from nestling.objectives._returns import divergence
 from nestling.objectives._scoring import pad_ids, read_together
 from nestling.tokenizer.bpe import Tokenizer
-
-
-class Texts(Protocol):
-    """Where pre-training text comes from: a pure function of the draw."""
-
-    def batch(self, step: int) -> TokenBatch:
-        """Packed rows of text."""
 
 
 @dataclass
@@ -47,7 +39,7 @@ class Cast:
     tokenizer: Tokenizer
     prompts: PromptLoader
     held_out: Sequence[PromptRow] = ()
-    texts: Texts | None = None
+    texts: Batches | None = None
     scorer: Scorer | None = None
 
     @property
@@ -60,7 +52,7 @@ class Cast:
 class Verdicts:
     """N replies and what was said of them.
 
-    ``tokens [N, T]``, ``lengths [N]``, ``actions [N, T]`` as in ``_episodes.Padded``; ``logprobs`` of the policy
+    ``tokens [N, T]``, ``lengths [N]``, ``actions [N, T]`` as in ``_episodes.pad``; ``logprobs`` of the policy
     and ``log_ratios`` to the reference ``[N, T]`` in nats; ``proxy [N]`` the reward model's score of the closed reply,
     ``ended [N]`` (bool), ``truth`` the scorer's verdicts (empty without a scorer).
     """
@@ -93,8 +85,7 @@ def score(cast: Cast, episodes: Sequence[Episode], *, end: int, temperature: flo
 
     Every process gives all episodes and gets all verdicts; each model's reading is shared out.
     """
-    padded = pad(episodes, end)
-    tokens, lengths, actions = (x.to(cast.device) for x in (padded.tokens, padded.lengths, padded.actions))
+    tokens, lengths, actions = (x.to(cast.device) for x in pad(episodes, end))
     targets = action_targets(tokens, actions)
 
     def logprobs(model: Decoder) -> Tensor:

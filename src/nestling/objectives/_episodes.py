@@ -46,27 +46,18 @@ def collect(
     return episodes
 
 
-@dataclass(frozen=True)
-class Padded:
-    """Rollouts as tensors: ``tokens [N, T]`` right-padded, ``lengths [N]``, ``actions [N, T]`` (bool).
+def pad(episodes: Sequence[Episode], filler: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The episodes as wide as the longest: ``tokens [N, T]`` right-padded, ``lengths [N]``, ``actions [N, T]`` (bool).
 
     ``actions[n, t]`` says that token t + 1 was sampled: position t is the state in which it was chosen. For the prompt
     ``[9, 4, 7]`` and the sampled reply ``[21, 2]``: tokens 9 4 7 21 2, actions 0 0 1 1 0.
     """
-
-    tokens: Tensor
-    lengths: Tensor
-    actions: Tensor
-
-
-def pad(episodes: Sequence[Episode], filler: int) -> Padded:
-    """The episodes as tensors, as wide as the longest."""
     tokens, lengths = pad_ids([e.prompt + e.reply for e in episodes], filler)
     actions = torch.zeros(tokens.shape, dtype=torch.bool)
     for n, episode in enumerate(episodes):
         start = len(episode.prompt) - 1
         actions[n, start : start + len(episode.reply)] = torch.tensor(episode.sampled, dtype=torch.bool)
-    return Padded(tokens, lengths, actions)
+    return tokens, lengths, actions
 
 
 def closed(episode: Episode, end: int, context: int) -> list[int]:

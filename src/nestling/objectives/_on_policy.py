@@ -107,7 +107,7 @@ class PolicySettings(Config):
 class Experience:
     """A step's replies with all that learning needs; N replies, right-padded to T tokens.
 
-    ``tokens [N, T]``, ``lengths [N]``; per position ``[N, T]``: ``actions`` (bool, see ``_episodes.Padded``),
+    ``tokens [N, T]``, ``lengths [N]``; per position ``[N, T]``: ``actions`` (bool, see ``_episodes.pad``),
     ``logprobs`` at sampling time and ``advantages``. An algorithm that needs more per position adds fields.
     """
 

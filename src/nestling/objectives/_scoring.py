@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from nestling.core.ranks import reader, readers, sum_tensor
+from nestling.loading.batches import padded
 
 
 def pad_ids(sequences: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
     """Right-padded ids ``[N, T]`` and their lengths ``[N]``."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    tokens = torch.full((len(sequences), int(lengths.max())), filler)
-    for n, ids in enumerate(sequences):
-        tokens[n, : len(ids)] = torch.tensor(ids)
-    return tokens, lengths
+    return padded(sequences, filler, max(map(len, sequences)))
 
 
 def length_groups(lengths: Tensor, budget: int) -> Iterator[Tensor]:

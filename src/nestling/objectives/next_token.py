@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from nestling.core.config import Config
 from nestling.core.errors import UserError
 from nestling.core.ranks import sum_over_ranks
 from nestling.core.runtime import stream_seed, torch_stream
-from nestling.loading.batches import TokenBatch
+from nestling.loading.batches import Batches, TokenBatch
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder
 from nestling.model.decoder import build as build_decoder
@@ -40,13 +40,6 @@ class Settings(Config):
 
     microbatches: int = Field(default=1, ge=1, description="Pieces that a batch is computed in; same gradient.")
     validation_batches: int = Field(default=0, ge=0, description="Most batches of a validation; 0 takes all there are.")
-
-
-class Batches(Protocol):
-    """Where training batches come from: a pure function of the step."""
-
-    def batch(self, step: int) -> TokenBatch:
-        """The batch of a step, from 0."""
 
 
 Validation = Callable[[], Iterable[TokenBatch]]

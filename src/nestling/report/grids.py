@@ -8,9 +8,10 @@ from html import escape
 from typing import Any
 
 from nestling.report.records import StageRecord, number
+from nestling.report.table import spoken
 
 NOT_TEXT = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff\\ufffe\\uffff]")
-QUALITIES = ("recall", "precision", "false_positive_rate", "auc", "calibration_error")
+FIGURES = ("threshold", "recall", "precision", "false_positive_rate", "auc", "calibration_error")
 
 
 def text(value: object) -> str:
@@ -33,14 +34,9 @@ def moderation_tables(stage: StageRecord) -> str:
     """Threshold and figures of each category, what was taken for what, and how often a score was right."""
     categories, confusion = stage.report.get("categories") or {}, stage.report.get("confusion") or {}
     said = [name for name in confusion if any(name in row for row in confusion.values())]
-    head = ["category", "threshold", *(name.replace("_", " ") for name in QUALITIES), "texts"]
+    head = ["category", *map(spoken, FIGURES), "texts"]
     found = [
-        [
-            name,
-            _share(row.get("threshold")),
-            *(_share(row.get(one)) for one in QUALITIES),
-            f"{row.get('positives', 0):,}",
-        ]
+        [name, *(_share(row.get(one)) for one in FIGURES), f"{row.get('positives', 0):,}"]
         for name, row in categories.items()
     ]
     taken = [[name, *(str(row.get(other, "")) for other in said)] for name, row in confusion.items() if row]

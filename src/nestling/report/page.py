@@ -272,13 +272,9 @@ def _samples(run: Run) -> Iterator[str]:
         for row in stage.samples[::-1][::every][::-1]:  # thinned from the end, so that the last one is shown
             prompt = text(as_prompt(row.get("prompt", "")))
             label = f'<div class="label">step {text(row.get("step", "?"))}</div>'
-            lines.append(f"{label}<pre><b>{prompt}</b>{_written(row)}</pre>")
+            lines.append(f"{label}<pre><b>{prompt}</b>{text(row.get('text', row.get('completion', '')))}</pre>")
         if lines:
             yield f'<details class="card"><summary>{text(stage.name)}</summary>{"".join(lines)}</details>'
-
-
-def _written(row: Row) -> str:
-    return text(row.get("text", row.get("completion", "")))
 
 
 def _settings(stage: StageRecord) -> str:

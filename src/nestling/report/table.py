@@ -86,7 +86,6 @@ def _stage_rows(report: Mapping[str, Any]) -> Iterator[TableRow]:
     for name, stage in report["stages"].items():
         for figure, bar in (stage.get("bars") or {}).items():
             limit, higher = _limit(bar)
-            counted = number(stage.get(f"{figure}_n"))
             bounds = stage.get(f"{figure}_interval") or [stage.get(f"{figure}_low"), stage.get(f"{figure}_high")]
             yield TableRow(
                 key=f"{name}.{figure}",
@@ -94,7 +93,7 @@ def _stage_rows(report: Mapping[str, Any]) -> Iterator[TableRow]:
                 value=number(stage.get(figure)),
                 bar=limit,
                 higher_is_better=higher,
-                n=None if counted is None else int(counted),
+                n=_count(stage.get(f"{figure}_n")),
                 interval=_bounds(bounds),
                 is_share=figure.endswith(("accuracy", "rate")) or "win_rate" in figure,
             )
@@ -110,7 +109,7 @@ def _capability_rows(report: Mapping[str, Any]) -> Iterator[TableRow]:
             value=value,
             bar=limit,
             higher_is_better=higher and bool(entry.get("higher_is_better", True)),
-            n=_count(entry),
+            n=_count(entry.get("n")),
             interval=_interval(entry, share=value),
         )
 
@@ -122,8 +121,8 @@ def _limit(bar: object) -> tuple[float | None, bool]:
     return number(bar), True
 
 
-def _count(entry: Mapping[str, Any]) -> int | None:
-    count = number(entry.get("n"))
+def _count(value: object) -> int | None:
+    count = number(value)
     return None if count is None else int(count)
 
 
@@ -131,7 +130,7 @@ def _interval(entry: Mapping[str, Any], share: float | None) -> tuple[float, flo
     """The 95 % interval that the entry carries; else Wilson's, when the value is a share of n."""
     if (given := _bounds(entry.get("interval") or ())) is not None:
         return given
-    count = _count(entry)
+    count = _count(entry.get("n"))
     if share is None or not count or not 0 <= share <= 1:
         return None
     low, high = wilson(share * count, count)

@@ -17,7 +17,7 @@ import torch
 
 from nestling.core.errors import UserError
 from nestling.evaluation.classification import Calibration
-from nestling.loading.labels import FRAME, filler, framed
+from nestling.loading.labels import FRAME, framed
 from nestling.model import checkpoint
 from nestling.model.checkpoint import Classifier
 from nestling.model.locate import places
@@ -77,7 +77,7 @@ class Moderator:
     @torch.inference_mode()
     def _logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[N, L] float64; rows of similar length are read together."""
-        ids, lengths = pad_ids(rows, filler(self._tokenizer))
+        ids, lengths = pad_ids(rows, self._tokenizer.filler)
         device = next(self._model.parameters()).device
         logits = np.zeros((len(rows), len(self.categories)))
         for group in length_groups(lengths, TOKENS):

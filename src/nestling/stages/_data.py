@@ -60,7 +60,7 @@ def draw(settings: DataStage, context: StageContext) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for split in SPLITS:
         sizes: Counter[str] = Counter()
-        items = getattr(mixture, kind)(split)
+        items = mixture.read(kind, split)
         with Progress(f"{context.name} {split}", None, kind, context.quiet) as progress:
             rows = _counted(items, sizes, progress)
             report[f"{split}_{kind}"] = write_rows(context.folder / f"{split}.jsonl", rows)

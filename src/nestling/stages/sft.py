@@ -19,7 +19,7 @@ from nestling.objectives import next_token
 from nestling.planning.work import Known, Work
 from nestling.stages._training import Adaptable, figures, materials, optimise, read_split, save_model, starting_model
 from nestling.tokenizer.special import CHAT
-from nestling.tokenizer.template import CHAT_TEMPLATE
+from nestling.tokenizer.template import own_template
 from nestling.training.health import Expected
 
 VERSION = 2
@@ -86,7 +86,7 @@ def run(settings: Settings, context: StageContext) -> dict[str, Any]:
 
 def with_chat_tokens(base: Checkpoint, seed: int) -> Checkpoint:
     """The checkpoint with the conversation's control tokens; a chat model has them already, or a form of its own."""
-    if base.tokenizer.chat_template not in (None, CHAT_TEMPLATE):
+    if base.tokenizer.chat_template not in (None, own_template()):
         return base
     tokenizer = base.tokenizer.with_special(CHAT)
     if tokenizer.vocab_size > base.model.config.vocab_size:

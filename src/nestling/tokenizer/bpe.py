@@ -27,7 +27,7 @@ from nestling.tokenizer.pieces import Pieces
 from nestling.tokenizer.sandbox import ChatTemplate
 from nestling.tokenizer.sentencepiece import read_sentencepiece
 from nestling.tokenizer.special import END_OF_TEXT, PAD, SHOWN, TURN_END, TURN_START
-from nestling.tokenizer.template import CHAT_TEMPLATE
+from nestling.tokenizer.template import own_template
 
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # ours and GPT-2's and Qwen's; Llama 3's; older families'
 
@@ -96,12 +96,9 @@ class Tokenizer:
                 where="tokenizer.vocab_size", value=vocab_size, fix="use at least 257",
             )  # fmt: skip
         core = tokenizers.Tokenizer(models.BPE())
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(split_pattern(pattern, digits)), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        cut = pre_tokenizers.Split(tokenizers.Regex(split_pattern(pattern, digits)), "isolated")
+        spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.pre_tokenizer = pre_tokenizers.Sequence([cut, spelled])
         core.decoder = decoders.ByteLevel()
         alphabet = list(byte_symbols().values())
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
@@ -164,7 +161,7 @@ class Tokenizer:
             context: the model's context length in tokens, stored as `model_max_length`.
         """
         named = {
-            "eos": TURN_END if self.chat_template == CHAT_TEMPLATE else self.companions.name("eos") or self._name(self._end),
+            "eos": TURN_END if self.chat_template == own_template() else self.companions.name("eos") or self._name(self._end),
             "pad": self.companions.name("pad") if self.companions.template else self._name(self.special.get(PAD, self._end)),
         }
         config = {
@@ -290,14 +287,14 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that says how messages are written; None for a base model's tokenizer."""
-        own = CHAT_TEMPLATE if TURN_START in self.special and TURN_END in self.special else None
+        own = own_template() if TURN_START in self.special and TURN_END in self.special else None
         return self.companions.template or own
 
     @property
     def has_own_form(self) -> bool:
         """Whether conversations are written as models made here write them; else by the Jinja template, `template`."""
         template = self.chat_template
-        return template is None or (template == CHAT_TEMPLATE and not isinstance(self._codec, Pieces))
+        return template is None or (template == own_template() and not isinstance(self._codec, Pieces))
 
     @cached_property
     def template(self) -> ChatTemplate | None:

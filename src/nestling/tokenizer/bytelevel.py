@@ -21,6 +21,7 @@ import tokenizers
 
 from nestling.core.errors import UserError
 from nestling.tokenizer import patterns
+from nestling.tokenizer.folder import steps_of
 
 # tiktoken's regular expressions recurse once per blank of a run and end the process' stack near 100,000 of them.
 _LONG_BLANK = re.compile(r"\s{5000}")
@@ -162,8 +163,7 @@ class ByteLevel:
 
 def split_regex(definition: Mapping[str, Any]) -> str | None:
     """The one regular expression by which a tokenizer.json cuts text, or None when it cuts in another way."""
-    steps = definition.get("pre_tokenizer") or {"type": "none"}
-    steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
+    steps = steps_of(definition.get("pre_tokenizer"), "pretokenizers")
     if any(step.get("add_prefix_space") for step in steps):
         return None
     if len(steps) == 1 and steps[0]["type"] == "ByteLevel" and steps[0].get("use_regex", True):

@@ -4,8 +4,9 @@
 
 It gives the ids of the stored chat template in transformers. What it does differently, on purpose: text that spells a
 control token stays text here, where the template would let it through; only what an assistant says may begin with a
-thought, "<think>…</think>". A model that was made elsewhere has a form of its own, and its template says it
-(`foreign.py`); for ours the code here does, which is the same and faster.
+thought, "<think>…</think>"; and the thoughts of replies before the last question are left out, as clients leave them out of
+the history that they send back, and as the templates of models that think do. A model that was made elsewhere has a form of
+its own, and its template says it (`foreign.py`); for ours the code here does, which is the same and faster.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.calls import parse_call, read_calls
 from nestling.tokenizer.foreign import Tool, after_reply, render_foreign, tool_name
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END, TURN_START
-from nestling.tokenizer.template import CHAT_TEMPLATE
 
-__all__ = ["CHAT_TEMPLATE", "Rendered", "between", "parse_call", "parse_reply", "render"]
+__all__ = ["Rendered", "between", "parse_call", "parse_reply", "render"]
 
+ASKING = ("system", "user")
+"""Whose messages begin a new turn; what the assistant and its tools say after one is one reply."""
 _THOUGHT = re.compile(rf"{THINK_START}.*?(?:{THINK_END}\s*|\Z)", re.DOTALL)
 
 
@@ -48,13 +50,15 @@ class Rendered:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompt: bool = False
-) -> Rendered:
-    """Render a conversation.
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = (), *, prompt: bool = False,
+    learnt: int = 0,
+) -> Rendered:  # fmt: skip
+    """Render a conversation; a thought stays only in the last reply.
 
     Args:
         tools: tools on offer, named in the system turn ("Tools: calculator, search"); a foreign template may say more.
         prompt: end with "<|im_start|>assistant\\n", ready for the model to go on.
+        learnt: replies before this message are not marked in the mask.
 
     Raises:
         UserError: an unknown role, no message, a tokenizer without chat tokens, a foreign template that is broken or
@@ -65,19 +69,23 @@ def render(
     for message in messages:
         if message.role not in get_args(Role):
             raise UserError("unknown role", value=message.role, fix=nearest(str(message.role), get_args(Role)))
+    asked = max((place for place, message in enumerate(messages) if message.role in ASKING), default=0)
+    messages = [*(_without_thought(tokenizer, message) for message in messages[:asked]), *messages[asked:]]
     if tokenizer.template is not None and not tokenizer.has_own_form:
-        return Rendered(*render_foreign(tokenizer, tokenizer.template, messages, tools, prompt))
-    return _render_own(tokenizer, messages, tools, prompt)
+        return Rendered(*render_foreign(tokenizer, tokenizer.template, messages, tools, prompt, learnt))
+    return _render_own(tokenizer, messages, tools, prompt, learnt)
 
 
-def _render_own(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool) -> Rendered:
+def _render_own(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool, learnt: int
+) -> Rendered:
     out = Rendered()
     offer = "Tools: " + ", ".join(map(tool_name, tools)) if tools else ""
     if offer and messages[0].role != "system":
         _turn(tokenizer, out, "system", offer)
     for place, message in enumerate(messages):
         if message.role == "assistant":
-            _assistant_turn(tokenizer, out, message)
+            _assistant_turn(tokenizer, out, message, place >= learnt)
         elif offer and place == 0 and message.role == "system":
             _turn(tokenizer, out, "system", "\n\n".join(filter(None, (message.content, offer))))
         else:
@@ -93,10 +101,10 @@ def _turn(tokenizer: Tokenizer, out: Rendered, role: str, content: str) -> None:
     out.add([*ids, *tokenizer.encode("\n")], False)
 
 
-def _assistant_turn(tokenizer: Tokenizer, out: Rendered, message: Message) -> None:
+def _assistant_turn(tokenizer: Tokenizer, out: Rendered, message: Message, learnt: bool) -> None:
     """The assistant's own turn. "assistant\\n" and the content are encoded apart, as they are when it is generated."""
     out.add([tokenizer.id(TURN_START), *tokenizer.encode("assistant\n")], False)
-    out.add(reply_ids(tokenizer, message), True)
+    out.add(reply_ids(tokenizer, message), learnt)
     out.add(tokenizer.encode("\n"), False)
 
 
@@ -105,7 +113,7 @@ def reply_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     if not tokenizer.has_own_form:
         whole = render(tokenizer, [Message(role="user", content="."), message])
         return [number for number, mine in zip(whole.ids, whole.mask, strict=True) if mine]
-    ids = _content_ids(tokenizer, message.content.lstrip())
+    ids = _content_ids(tokenizer, message)
     for call in message.tool_calls:
         name, arguments = (json.dumps(part, ensure_ascii=False) for part in (call.name, call.arguments))
         text = f'{{"name": {name}, "arguments": {arguments}}}'
@@ -113,13 +121,27 @@ def reply_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     return [*ids, tokenizer.id(TURN_END)]
 
 
-def _content_ids(tokenizer: Tokenizer, content: str) -> list[int]:
+def _content_ids(tokenizer: Tokenizer, message: Message) -> list[int]:
     """What is said; a thought at its beginning stands between its control tokens."""
-    thought, end, rest = content.partition(THINK_END)
-    if not end or not thought.startswith(THINK_START) or THINK_START not in tokenizer.special:
-        return tokenizer.encode(content)
-    inner = tokenizer.encode(thought.removeprefix(THINK_START))
-    return [tokenizer.id(THINK_START), *inner, tokenizer.id(THINK_END), *tokenizer.encode(rest)]
+    thought, said = split_thought(tokenizer, message)
+    if thought is None:
+        return tokenizer.encode(said)
+    return [tokenizer.id(THINK_START), *tokenizer.encode(thought), tokenizer.id(THINK_END), *tokenizer.encode(said)]
+
+
+def split_thought(tokenizer: Tokenizer, message: Message) -> tuple[str | None, str]:
+    """The thought at the beginning of what an assistant says, None where there is none, and what is said."""
+    content = message.content.lstrip()
+    thought, end, said = content.partition(THINK_END)
+    may_think = message.role == "assistant" and THINK_START in tokenizer.special
+    if not (may_think and end and thought.startswith(THINK_START)):
+        return None, content
+    return thought.removeprefix(THINK_START), said
+
+
+def _without_thought(tokenizer: Tokenizer, message: Message) -> Message:
+    thought, said = split_thought(tokenizer, message)
+    return message if thought is None else message.model_copy(update={"content": said.lstrip()})
 
 
 def between(
@@ -142,8 +164,8 @@ def between(
 def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] = ()) -> Message:
     """Read what the model wrote after "<|im_start|>assistant\\n", up to <|im_end|> or the end of `ids`.
 
-    Thoughts between <think> and </think> are left out. A call that is not valid JSON with a name and arguments stays
-    in the content, spelled, so that nothing the model wrote is lost silently.
+    Thoughts between <think> and </think> are left out, as is a </think> that ends none. A call that is not valid JSON
+    with a name and arguments stays in the content, spelled, so that nothing the model wrote is lost silently.
 
     Args:
         tools: on offer; some foreign forms mark a call by nothing else than a tool's name.
@@ -166,7 +188,7 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] 
             calls += [call] if call else []
             content += [] if call else [tokenizer.special[CALL_START], *inner, number]
             within = ""
-        elif (within, name) == (THINK_START, THINK_END):
+        elif name == THINK_END and within != CALL_START:
             within = ""
         else:
             (inner if within else content).append(number)
@@ -180,8 +202,8 @@ def _parse_foreign(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Too
     end = next((place for place, number in enumerate(ids) if number in tokenizer.turn_ends), len(ids))
     text = tokenizer.decode(ids[:end], control=True)
     if {THINK_START, THINK_END} <= tokenizer.special.keys():
-        text = _THOUGHT.sub("", text)
-        opened, mark, rest = text.partition(THINK_END)
-        text = rest.lstrip() if mark else opened
+        before, mark, _ = text.partition(THINK_END)
+        text = THINK_START + text if mark and THINK_START not in before else text
+        text = _THOUGHT.sub("", text).replace(THINK_END, "")
     content, calls = read_calls(text, [tool_name(tool) for tool in tools])
     return Message(role="assistant", content=content.strip(), tool_calls=calls)  # templates put blanks around

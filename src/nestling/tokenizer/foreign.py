@@ -31,22 +31,27 @@ def tool_name(tool: Tool) -> str:
 
 
 def render_foreign(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool
-) -> tuple[list[int], list[bool]]:
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool], prompt: bool,
+    learnt: int = 0,
+) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Ids, and which of them the assistant wrote (its closing token included); in a prompt none is marked.
+
+    Args:
+        learnt: replies before this message are not marked.
 
     Raises:
         UserError: the template is broken or refuses the conversation; or, without `prompt`, nothing tells what the
             assistant wrote.
     """
-    rows, offered = _rows(messages), [_definition(tool) for tool in tools]
+    rows, offered = template_rows(messages), [_definition(tool) for tool in tools]
     text = template.fill(rows, offered, prompt=prompt)
     if prompt:
         return _to_ids(tokenizer, text, [])
     if template.tells_replies:
         places = [place for place, mark in enumerate(text) if mark in (BEGIN, END)]
-        return _to_ids(tokenizer, text, list(zip(places[::2], places[1::2], strict=False)))
-    return _to_ids(tokenizer, text, _reply_spans(tokenizer, template, rows, offered, text))
+        earlier = template.fill(rows[:learnt], offered).count(BEGIN) if learnt else 0
+        return _to_ids(tokenizer, text, list(zip(places[::2], places[1::2], strict=False))[earlier:])
+    return _to_ids(tokenizer, text, _reply_spans(tokenizer, template, rows, offered, text, learnt))
 
 
 def after_reply(
@@ -58,13 +63,13 @@ def after_reply(
     Raises:
         UserError: the template has no form for them.
     """
-    rows, offered = _rows([*messages, *answers]), [_definition(tool) for tool in tools]
+    rows, offered = template_rows([*messages, *answers]), [_definition(tool) for tool in tools]
     text = template.fill(rows, offered, prompt=True)
     _, end = _reply_span(tokenizer, template, rows, offered, text, len(messages) - 1)
     return _to_ids(tokenizer, text[end:], [], begun=True)[0]
 
 
-def _rows(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def template_rows(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """OpenAI's shape, arguments as objects; calls are numbered, and answers say which they answer, as some templates ask."""
     rows: list[dict[str, Any]] = []
     open_calls: list[dict[str, str]] = []
@@ -92,10 +97,11 @@ def _definition(tool: Tool) -> Mapping[str, Any]:
 
 
 def _reply_spans(
-    tokenizer: Tokenizer, template: ChatTemplate, rows: Sequence[dict[str, Any]], tools: Sequence[Any], text: str
-) -> list[Span]:
-    """Where in a filled-in template each reply stands, found by filling it in with less."""
-    replies = [place for place, row in enumerate(rows) if row["role"] == "assistant"]
+    tokenizer: Tokenizer, template: ChatTemplate, rows: Sequence[dict[str, Any]], tools: Sequence[Any], text: str,
+    learnt: int,
+) -> list[Span]:  # fmt: skip
+    """Where in a filled-in template each reply from `learnt` on stands, found by filling it in with less."""
+    replies = [place for place, row in enumerate(rows) if row["role"] == "assistant" and place >= learnt]
     spans = [_reply_span(tokenizer, template, rows, tools, text, place) for place in replies]
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         raise UserError("doesn't tell one reply from the next", where="chat template", fix=_FIX)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ import tokenizers
 from nestling.core.errors import UserError
 from nestling.tokenizer.bytelevel import library
 from nestling.tokenizer.folder import numbered, steps_of
-
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Pieces:

@@ -25,7 +25,7 @@ class Offer:
     answer: Callable[[Mapping[str, Any]], str]
 
 
-class Toolbox:
+class Toolbox(contextlib.AbstractContextManager["Toolbox"]):
     """What a model may call. Each call blocks up to the limit in its tool's settings, and may come from any thread.
 
     >>> with Toolbox.open({"calculator": {}, "python": {"seconds": 2}}) as box:
@@ -77,9 +77,6 @@ class Toolbox:
     def close(self) -> None:
         """End the sessions with MCP servers."""
         self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -59,7 +59,11 @@ def _value(node: ast.expr, text: str) -> Fraction:
         case ast.UnaryOp(op=ast.UAdd()):
             return _value(node.operand, text)
         case ast.BinOp() if type(node.op) in _OPERATIONS:
-            return _bounded(_OPERATIONS[type(node.op)](_value(node.left, text), _value(node.right, text)))
+            left, right = _value(node.left, text), _value(node.right, text)
+            try:
+                return _bounded(Fraction(_OPERATIONS[type(node.op)](left, right)))
+            except ZeroDivisionError:
+                raise UserError("division by zero") from None
     raise UserError("only numbers with + - * / // % ** and parentheses are understood")
 
 
@@ -75,32 +79,12 @@ def _number(node: ast.Constant, text: str) -> Fraction:
     return _bounded(Fraction(written))
 
 
-def _divide(left: Fraction, right: Fraction) -> Fraction:
-    _refuse_zero(right)
-    return left / right
-
-
-def _floor_divide(left: Fraction, right: Fraction) -> Fraction:
-    _refuse_zero(right)
-    return Fraction(left // right)
-
-
-def _modulo(left: Fraction, right: Fraction) -> Fraction:
-    _refuse_zero(right)
-    return left % right
-
-
-def _refuse_zero(divisor: Fraction) -> None:
-    if divisor == 0:
-        raise UserError("division by zero")
-
-
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     """Exact for whole exponents; a root is computed in 30 digits."""
     if abs(exponent) > MAX_EXPONENT:
         raise UserError(f"the exponent is larger than {MAX_EXPONENT}")
     if base == 0 and exponent < 0:
-        raise UserError("division by zero")
+        raise ZeroDivisionError
     if exponent.denominator == 1:
         return Fraction(base**exponent.numerator)
     if base < 0:
@@ -132,12 +116,12 @@ def _written(value: Fraction) -> str:
         return format(_decimal(value).normalize(), "f")
 
 
-_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: _divide,
-    ast.FloorDiv: _floor_divide,
-    ast.Mod: _modulo,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
     ast.Pow: _power,
 }
