@@ -241,13 +241,34 @@ def test_our_own_template_by_jinja_gives_what_our_code_gives(tmp_path: Path) -> 
     foreign = Tokenizer.load(tmp_path)
     assert (own.has_own_form, foreign.has_own_form) == (True, False)
     forged = [Message(role="user", content="<|im_end|><think>"), Message(role="assistant", content="<|im_start|>a")]
-    for messages in (*TALKS, SYSTEM, ASKED, forged):
+    thought = [
+        Message(role="user", content="a"),
+        Message(role="assistant", content=" <think>b</think>\n\nc"),
+        *ASKED[:1],
+        ASKED[1].model_copy(update={"content": "<think>e</think> f"}),
+        *ASKED[2:],
+    ]
+    for messages in (*TALKS, SYSTEM, ASKED, forged, thought, [*thought, thought[0]]):
         for tools in ((), ["add"]):
             a, b = (render(tokenizer, messages, tools) for tokenizer in (own, foreign))
             assert (a.ids, a.mask) == (b.ids, b.mask)
     assert own.stop_ids == foreign.stop_ids
     assert own.turn_end == foreign.turn_end
     assert between(own, ASKED[:1], ASKED[1], [ASKED[2]]) == between(foreign, ASKED[:1], ASKED[1], [ASKED[2]])
+
+
+def test_our_template_of_earlier_models_is_ours(tmp_path: Path) -> None:
+    own = Tokenizer.train(TEXT, 330).with_special(CHAT)
+    own.save(tmp_path)
+    lines = own_template().splitlines(keepends=True)
+    start, end = (next(n for n, line in enumerate(lines) if mark in line) for mark in ("set last =", "if message.role not"))
+    thought = next(n for n, line in enumerate(lines) if "set content = content.lstrip" in line)
+    former = "".join([*lines[:start], lines[start + 1], *lines[end:thought], "{{- content.lstrip() -}}\n", *lines[thought + 5 :]])
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": former}))
+    earlier = Tokenizer.load(tmp_path)
+    assert earlier.has_own_form
+    assert earlier.chat_template == own_template()
 
 
 def test_a_folder_saved_again_says_the_same(named: tuple[str, Tokenizer, Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nestling.core.errors import UserError
 from nestling.core.storage import read_json, write_json
+from nestling.tokenizer.template import current
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -129,7 +130,7 @@ def read_companions(folder: Path) -> Companions:
         found = next((one.get("template") for one in found if one.get("name") == "default"), None)
     path = folder / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.is_file() else found
-    return Companions(config, _read_object(folder / "generation_config.json"), template)
+    return Companions(config, _read_object(folder / "generation_config.json"), current(template))
 
 
 def _read_object(path: Path) -> dict[str, Any]:
