@@ -19,6 +19,8 @@ from nestling.model import kernels
 from nestling.model.attention import compute_dtype
 from nestling.model.decoder import Decoder
 
+OnePass = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Logits [n, V], targets and weights [n] -> Σ weight · -log p(target) and its gradient [n, V] in the logits' dtype."""
 CHUNK_LOGITS = 1 << 20
 """Logits of one chunk on a CPU; a GPU takes 64 times as many, since it wants large kernels."""
 
@@ -54,8 +56,8 @@ def next_token_loss_sum(model: Decoder, batch: Batch, *, chunk: int | None = Non
         chunk: tokens per chunk of the output layer; chosen by the vocabulary when not given.
     """
     hidden = model.hidden(batch.ids, positions=batch.positions, segments=batch.segments)
-    fuse = model.compiled and hidden.device.type == "cuda"
-    return weighted_loss_sum(hidden, model.output_weight, batch.targets, batch.weights, chunk=chunk, fuse=fuse)
+    one_pass = _one_pass(model, hidden)
+    return weighted_loss_sum(hidden, model.output_weight, batch.targets, batch.weights, chunk=chunk, one_pass=one_pass)
 
 
 def token_logprobs(
@@ -97,17 +99,18 @@ def hidden_logprobs(
 
 
 def weighted_loss_sum(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None, fuse: bool = False
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None,
+    one_pass: OnePass | None = None,
+) -> Tensor:  # fmt: skip
     """Σ weight · -log p(target) from the decoder's output; tokens of weight 0 are not computed.
 
     Args:
-        fuse: compile what lies between the products, which a GPU otherwise spends more time on than on these.
+        one_pass: computes what lies between the products of a chunk, on which torch's single operations can take longer.
     """
     places = weights.nonzero(as_tuple=True)  # once: a GPU is waited for
     dtype = compute_dtype(hidden)
     chosen = (hidden[places].to(dtype), weight.to(dtype), targets[places], weights[places].float())
-    return _LossSum.apply(*chosen, chunk, fuse)
+    return _LossSum.apply(*chosen, chunk, one_pass)
 
 
 class _Logprobs(torch.autograd.Function):
@@ -149,13 +152,11 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None, fuse: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int | None, one_pass: OnePass | None
     ) -> Tensor:
         loss = torch.zeros((), device=hidden.device)
         logits = _Logits(hidden, weight, 1.0, _chunk_size(weight, chunk))
         total = _Gradients(logits, ctx.needs_input_grad[1]) if any(ctx.needs_input_grad[:2]) else None
-        native = kernels.serve(weight.device, weight.dtype)
-        one_pass = _compiled() if fuse else kernels.loss_and_gradient if native else None
         for part in _parts(len(hidden), logits.rows):
             if one_pass is not None and total is not None:
                 found, dz = one_pass(logits.rounded(part), targets[part], weights[part])
@@ -182,8 +183,16 @@ class _LossSum(torch.autograd.Function):
         return to_hidden * factor.to(to_hidden.dtype), weight, None, None, None, None
 
 
+def _one_pass(model: Decoder, hidden: Tensor) -> OnePass | None:
+    """On a GPU what a compiler makes of it, on a CPU native code where the model's attention is native too."""
+    if hidden.device.type == "cuda":
+        return _compiled() if model.compiled else None
+    native = kernels.serve(hidden.device, compute_dtype(hidden)) and kernels.know(model.config)
+    return kernels.loss_and_gradient if native else None
+
+
 @cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled() -> OnePass:
     return torch.compile(_loss_and_gradient)
 
 
