@@ -119,7 +119,7 @@ class Rankings:
         pairs = torch.stack([better[:, :-1].flatten(), better[:, 1:].flatten()], 1)
         weights, numbers = torch.full((len(pairs),), 1 / 3), torch.arange(self.prompts)
         groups = places // RESPONSES
-        return RankingBatch(ids, lengths, lengths // 2, -places.float(), groups, pairs, weights, numbers)
+        return RankingBatch(ids, lengths, -places.float(), groups, pairs, weights, numbers)
 
 
 class Watch(Hook):

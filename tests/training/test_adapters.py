@@ -59,5 +59,5 @@ def test_several_processes_learn_what_one_learns(alone: Path, tmp_path: Path, la
 
 
 def test_adapted_layers_are_not_divided(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="the layers of this model can't be divided"):
+    with pytest.raises(Exception, match="adapters can't be divided"):
         together(2, _learn, tmp_path, {"tensor": 2})
