@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         t, device = x.shape[1], x.device
         span = t if step is None else step.span
         window = self.config.window if self.config.window and self.config.window < span else None
-        if step is None and self.training and kernels.serve(device, compute_dtype(x)) and kernels.know(self.config):
+        if step is None and self.training and kernels.serve(self.config, device, compute_dtype(x)):
             return kernels.Sight(None if segments is None else segments.int(), window)
         causal = step is None and segments is None and window is None and self.config.positions != "alibi"
         if causal and not explicit_pays(device, t):

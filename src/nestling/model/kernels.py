@@ -1,7 +1,8 @@
 """Causal attention and the loss's gradient in native code (`kernels.cpp`), for training in bfloat16 on a CPU.
 
-One rule says where they take the place of torch's operations: a processor that multiplies pairs of bfloat16 and has no
-matrix units (AMX), on which torch's products would be faster, and a C++ compiler. On one machine it is always the same answer.
+One rule, `serve`, says where they take the place of torch's operations: a processor that multiplies pairs of bfloat16 and has
+no matrix units (AMX), on which torch's products would be faster, a C++ compiler, and a decoder whose attention they know. On one
+machine it is always the same answer.
 """
 
 from __future__ import annotations
@@ -37,14 +38,10 @@ def able() -> bool:
     return bool(known.get("avx512_bf16") and not known.get("amx_bf16") and (library := _library()) and library.able())
 
 
-def serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether they compute in this dtype on this device."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and able()
-
-
-def know(config: DecoderConfig) -> bool:
-    """Whether native attention does all that this decoder asks of attention in training."""
-    return not config.dropout and config.head % LANES == 0 and config.positions != "alibi"
+def serve(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they compute in this dtype on this device, and all that this decoder asks of attention in training."""
+    known = not config.dropout and config.head % LANES == 0 and config.positions != "alibi"
+    return known and device.type == "cpu" and dtype == torch.bfloat16 and able()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:

@@ -187,7 +187,7 @@ def _one_pass(model: Decoder, hidden: Tensor) -> OnePass | None:
     """On a GPU what a compiler makes of it, on a CPU native code where the model's attention is native too."""
     if hidden.device.type == "cuda":
         return _compiled() if model.compiled else None
-    native = kernels.serve(hidden.device, compute_dtype(hidden)) and kernels.know(model.config)
+    native = kernels.serve(model.config, hidden.device, compute_dtype(hidden))
     return kernels.loss_and_gradient if native else None
 
 
