@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from playwright.sync_api import expect
 
 from nestling.serving import limits
@@ -281,3 +282,20 @@ def test_what_was_not_read_is_said(desk):
             f"{count} earlier messages had no room in the model's context and were not read."
         )
         desk.page.reload()
+
+
+@pytest.mark.parametrize(("view", "box"), [("chat", ""), ("compare", "compare-")])
+def test_a_question_that_comes_before_the_conversation(desk, view, box):
+    """What is sent while the page still fetches a conversation goes on with it, and makes no new one."""
+    id, held = desk.long_talk(), []
+    desk.page.route(f"**/api/conversations/{id}", lambda route: held.append(route))
+    desk.open(f"{view}/{id}")
+    desk.get(f"{box}input" if box else "composer-input").fill("Hello!")
+    desk.get(f"{box}send").click()
+    desk.until(lambda: held)
+    desk.page.wait_for_timeout(200)
+    held[0].continue_()
+    desk.until(lambda: len(desk.messages()) > 21)
+    assert {message.conversation for message in desk.messages()} == {id}
+    asked = next(message for message in desk.messages() if message.content == "Hello!")
+    assert asked.parent is not None

@@ -73,15 +73,20 @@ class Chat {
 
   async open(id) {
     this.composer.open(id);
+    this.opened = this.load(id);
     try {
-      if (id) this.take(await api(`/api/conversations/${id}`));
-      else await this.draw();
+      await this.opened;
       emit("here", { id: id || null });
     } catch (failure) {
       this.thread.replaceChildren(unopened(failure, () => this.open(id)));
       return;
     }
     if (matchMedia("(hover: hover)").matches) this.composer.input.focus();
+  }
+
+  async load(id) {
+    if (id) await this.take(await api(`/api/conversations/${id}`));
+    else await this.draw();
   }
 
   /** A whole conversation of the service's. */
@@ -121,8 +126,9 @@ class Chat {
     return pathTo(this.messages, this.conversation?.tip);
   }
 
-  /** Send a question after the reply that is shown last. */
+  /** Send a question after the reply that is shown last; one that comes too early waits for the conversation. */
   async send(text) {
+    await this.opened;
     const last = this.path.at(-1);
     await this.ask(text, last?.role === "user" ? last.parent : last?.id ?? null);
   }

@@ -72,12 +72,17 @@ class Compare {
     this.conversation = null;
     this.parent = null;
     this.panel.open(null);
+    this.opened = this.load(id);
     try {
-      if (id) await this.take(await api(`/api/conversations/${id}`));
-      this.draw();
+      await this.opened;
     } catch (failure) {
       this.thread.replaceChildren(unopened(failure, () => this.open(id)));
     }
+  }
+
+  async load(id) {
+    if (id) await this.take(await api(`/api/conversations/${id}`));
+    this.draw();
   }
 
   /** Comparisons as the service has them. */
@@ -114,14 +119,21 @@ class Compare {
   /** What the composer may do now: ask when everything is decided, stop while something is written. */
   note() {
     const writes = this.rounds.some((one) => one.isWriting);
-    const waits = this.rounds.some((one) => !one.comparison.choice);
     this.composer.busy(writes);
-    this.composer.input.disabled = waits && !writes;
-    this.composer.input.placeholder = waits && !writes ? t("compare_vote_first") : t("compare_ask");
+    this.composer.input.disabled = this.waits && !writes;
+    this.composer.input.placeholder = this.waits && !writes ? t("compare_vote_first") : t("compare_ask");
     this.choices.forEach((one) => { one.element.disabled = writes; });
   }
 
+  /** Whether a vote is due. */
+  get waits() {
+    return this.rounds.some((one) => !one.comparison.choice);
+  }
+
+  /** Have a question answered twice; one that comes too early waits for the conversation. */
   async ask(text) {
+    await this.opened;
+    if (this.waits) throw new Error(t("compare_vote_first"));
     await this.panel.flush();
     await this.ensure();
     const path = `/api/conversations/${this.conversation.id}`;
