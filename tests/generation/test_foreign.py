@@ -101,6 +101,32 @@ def test_who_streams_sees_calls_and_results(family: tuple[str, Engine]) -> None:
         assert session.history[1].tool_calls == (CALL,)
 
 
+THOUGHT = 'hm, {"name": "calculator"'
+END = "<|im_start|>assistant\\n' }}{%- endif %}"
+OPENING = FORMS["qwen"]["template"].replace(END, END.replace("assistant\\n", "assistant\\n<think>\\n"))
+
+
+def test_a_thought_that_the_template_opened_is_a_thought(tmp_path: Path) -> None:
+    """Shown as one, whole or cut, before a call and after its result; what looks like a call in it is none."""
+    assert FORMS["qwen"]["template"] != OPENING
+    tokenizer = Tokenizer.load(make(tmp_path, {**FORMS["qwen"], "template": OPENING}))
+    engine = Engine(random_model(tokenizer.vocab_size, context=1024), tokenizer, rows=2)
+    end, done = tokenizer.turn_end, tokenizer.special["</think>"]
+    thought, call = tokenizer.encode(THOUGHT), [n for n in reply_ids(tokenizer, CALLING) if n != end]
+    call = call[call.index(tokenizer.special["<tool_call>"]) :]
+    script = [*thought, done, *call, end, *thought, done, *tokenizer.encode("It is 15."), end]
+    session = ChatSession(engine, tools=("calculator",), sampling=writes(script))
+    events = list(session.say(ASK[0].content))
+    kinds = [event.kind for n, event in enumerate(events) if n == 0 or event.kind != events[n - 1].kind]
+    assert kinds == ["thought", "call", "result", "thought", "text"]
+    assert [event.text.strip() for event in events if event.kind == "thought"] == [THOUGHT, THOUGHT]
+    assert "".join(event.text for event in events if event.kind == "text") == "It is 15."
+    assert [message.content for message in session.history[1:]] == ["", "15", "It is 15."]
+    cut = ChatSession(engine, tools=("calculator",), sampling=writes(thought, max_tokens=len(thought)))
+    assert list(cut.say("Well?")) == [Event("thought", THOUGHT)]
+    assert cut.history[-1].content == ""
+
+
 def test_the_model_reads_definitions_where_it_is_not_ours(family: tuple[str, Engine]) -> None:
     name, engine = family
     assert offered(engine.tokenizer, ["calculator", "elsewhere"]) == [schema("calculator"), "elsewhere"]

@@ -9,16 +9,17 @@ import httpx
 import openai
 import pytest
 
-from nestling.serving.guarding import PART, Guard
+from nestling.serving.guarding import PART, Guard, Watched
 from nestling.serving.moderation import Moderator, Verdict
+from nestling.serving.protocol.deltas import Delta
 from nestling.serving.store.store import Store
 
 
 class OneWord(Moderator):
-    """Flags texts with a word, as violence."""
+    """Flags texts with a word, as violence; reads so many characters at once."""
 
-    def __init__(self, word: str) -> None:
-        self.word = word
+    def __init__(self, word: str, window: int = 10**6) -> None:
+        self.word, self.window = word, window
         self.seen: list[str] = []
         self.batches: list[list[str]] = []
 
@@ -28,6 +29,10 @@ class OneWord(Moderator):
         self.batches.append(list(texts))
         found = [self.word in text for text in texts]
         return [Verdict(bad, {"violence": bad}, {"violence": float(bad)}) for bad in found]
+
+    def recent(self, text, new):
+        """As a moderator does, whose tokens are characters."""
+        return text[-max(self.window, new + self.window // 4) :]
 
 
 def ask(service, content: str, **more):
@@ -81,6 +86,43 @@ def test_a_long_reply_is_judged_part_by_part(serve):
     assert seen[-1] == text
 
 
+def replied(parts, moderator, key="ann"):
+    """What is told of a reply that comes in parts, and what it was flagged for."""
+
+    async def batches():
+        for part in parts:
+            yield [Delta("text", part)]
+
+    async def collect():
+        watched = Watched(Guard(moderator), batches(), key)
+        return "".join([one.text async for told in watched.told() for one in told]), watched.flagged
+
+    return asyncio.run(collect())
+
+
+def test_a_part_of_a_long_reply_costs_what_any_other_does(tmp_path):
+    """Nothing is read again from the beginning; what is read far back is judged in longer parts."""
+    for window in (300, 4000):
+        costs = []
+        for length in (8000, 16000):
+            moderator = OneWord(HARM, window)
+            assert replied(["ten chars "] * (length // 10), moderator) == ("ten chars " * (length // 10), "")
+            costs.append(sum(map(len, moderator.seen)))
+            assert max(map(len, moderator.seen)) <= 1.25 * window + PART
+        assert costs[1] < 2.4 * costs[0]
+        assert costs[1] < 10 * 16000
+
+
+def test_no_place_of_a_long_reply_hides_harm():
+    """Wherever it stands, between two parts too, nothing of it is told."""
+    for place in range(1500, 1500 + 2 * PART, 7):
+        text = f"{'x' * place}{HARM}{'y' * 800}"
+        told, flagged = replied([text[n : n + 7] for n in range(0, len(text), 7)], OneWord(HARM, 300))
+        assert flagged == "violence"
+        assert text.startswith(told)
+        assert place - 2 * PART < len(told) < place + len(HARM)
+
+
 def test_the_endpoint(serve):
     """/v1/moderations tells the verdicts; moderation can be served without judging the chat."""
     service = serve(moderator=OneWord("Hello"), moderation=False)
@@ -95,6 +137,7 @@ HARM = "Hello there"
 """What the moderator flags, in no line of the model's."""
 CALL = {"id": "c", "type": "function", "function": {"name": "calculator", "arguments": "{}"}}
 GO_ON = {"role": "user", "content": "Go on."}
+CUT = [{"role": "user", "content": half} for half in HARM.split()]
 CHATS = {
     "an earlier message": [{"role": "user", "content": HARM}, {"role": "assistant", "content": "Yes?"}, GO_ON],
     "the system's": [{"role": "system", "content": HARM}, GO_ON],
@@ -102,6 +145,14 @@ CHATS = {
     "a tool's": [GO_ON, {"role": "assistant", "tool_calls": [CALL]},
                  {"role": "tool", "tool_call_id": "c", "content": HARM}],
     "an assistant's": [GO_ON, {"role": "assistant", "content": HARM}, GO_ON],
+    "one in two messages": [*CUT],
+    "one in three messages": [{"role": "user", "content": "Oh,"}, *CUT, GO_ON],
+    "one around a reply": [CUT[0], {"role": "assistant", "content": "Yes?"}, CUT[1]],
+    "one around blanks": [CUT[0], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": " "},
+                          {"role": "assistant", "content": "Yes?"}, CUT[1]],
+    "one in the results of two calls": [
+        GO_ON, {"role": "assistant", "tool_calls": [CALL, CALL | {"id": "d"}]},
+        *({"role": "tool", "tool_call_id": id, "content": half["content"]} for id, half in zip("cd", CUT, strict=True))],
     "a call's": [GO_ON, {"role": "assistant", "tool_calls": [
         CALL | {"function": {"name": "calculator", "arguments": f'{{"expression": "{HARM}"}}'}}]},
         {"role": "tool", "tool_call_id": "c", "content": "5"}],
@@ -109,6 +160,7 @@ CHATS = {
 RESPONSES = {
     "instructions": {"input": "Go on.", "instructions": HARM},
     "an earlier item": {"input": [{"role": "user", "content": HARM}, GO_ON]},
+    "one in two items": {"input": CUT},
     "an output": {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
                             {"type": "function_call_output", "call_id": "c", "output": HARM}]},
     "a run's output": {"input": [GO_ON, {"type": "mcp_call", "id": "m", "server_label": "s", "name": "f",
@@ -145,7 +197,7 @@ def test_what_a_conversation_repeats_is_judged_once(serve):
     moderator.batches.clear()
     more = [*said, {"role": "assistant", "content": "one"}, GO_ON, {"role": "user", "content": "Count."}]
     client.chat.completions.create(model="tiny", messages=more, max_tokens=3, n=2)
-    assert moderator.batches[0] == ["one", "Go on."]
+    assert moderator.batches[0] == ["one", "Go on. Count.", "Count. Go on. Count.", "Go on."]
     for _ in range(2):
         with pytest.raises(openai.BadRequestError):
             ask_text(client, HARM)

@@ -13,7 +13,7 @@ from nestling.core.errors import UserError
 from nestling.model import checkpoint
 from nestling.model.heads import LabelHead
 from nestling.objectives import _toys
-from nestling.serving.moderation import Moderator, Verdict, _windows
+from nestling.serving.moderation import Growing, Moderator, Verdict, _windows
 
 LABELS = ("hate", "sexual/minors", "violence")
 CALIBRATION = {
@@ -70,6 +70,24 @@ def test_a_long_text_scores_what_its_worst_window_scores(folder: Path, moderator
     scores = [score(folder, part) for part in parts]
     (verdict,) = moderator.judge([text])
     assert verdict.scores == pytest.approx({name: max(row[name] for row in scores) for name in LABELS}, abs=1e-5)
+
+
+def test_a_text_that_grows_is_read_in_windows_up_to_each_part(folder: Path, moderator: Moderator) -> None:
+    """A token is a character here. Of a part longer than a window all is read, and what stands before it."""
+    text = "".join(chr(97 + (7 * n * n) % 26) for n in range(200))
+    growing, start, worst = Growing(moderator), 0, dict.fromkeys(LABELS, 0.0)
+    for stop in (3, 20, 40, 47, 100, 104, 190, 200):
+        verdict = growing.add(text[start:stop])
+        seen = text[max(0, min(stop - 30, start - 7)) : stop]
+        parts = ["".join(part) for part in _windows(seen, 30)]
+        found = {name: max(score(folder, part)[name] for part in parts) for name in LABELS}
+        worst = {name: max(worst[name], found[name]) for name in LABELS}
+        assert growing.window == seen
+        assert verdict.scores == pytest.approx(worst, abs=1e-5)
+        assert verdict.categories == {"hate": found["hate"] > 0.12, "sexual/minors": False, "violence": found["violence"] > 0.9}
+        assert verdict.flagged == any(verdict.categories.values())
+        start = stop
+    assert growing.text == text
 
 
 def test_windows_cover_a_text_and_overlap() -> None:

@@ -21,6 +21,7 @@ from nestling.serving.answering import Question
 from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
 from nestling.serving.models import Models, Served
+from nestling.serving.protocol.messages import ChatMessage, to_messages
 from nestling.serving.settings import ServeSettings
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, render
@@ -193,6 +194,53 @@ def test_a_reply_that_ends_after_a_tool_is_remembered_once(own):
     told = next(one for one in cut if any(item.type == "mcp_call" for item in one.output))
     assert (told.status, told.output_text) == ("incomplete", "")
     assert [len(one.tool_calls) for one in remembered(own, told.id)] == [0, 1, 0, 0]
+
+
+TOOL = {"type": "function", "function": {"name": "calculator"}}
+
+
+@pytest.fixture
+def sent(own, monkeypatch):
+    """The prompts that the engine was given."""
+    driver, prompts = own.driver, []
+    submit = driver.submit
+
+    async def noting(request, **more):
+        prompts.append(list(request.ids))
+        return await submit(request, **more)
+
+    monkeypatch.setattr(driver, "submit", noting)
+    return prompts
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_client_that_sends_back_what_it_got_gets_the_tokens_of_training(own, sent, field):
+    """Within a round of its tools the thought stays; when the next question comes it is history, and left out."""
+    client, tokenizer = own.client(), own.app.state.models.default.tokenizer
+    lesson = lessons(tokenizer, opened=False)[-1]
+    given = {"model": "tiny", "temperature": 0, "tools": [TOOL], "max_tokens": 60}
+    asked = [{"role": "user", "content": SUM}]
+    message = client.chat.completions.create(**given, messages=asked).choices[0].message
+    back = message.model_dump(exclude_none=True)
+    back[field] = back.pop("reasoning_content")
+    assert back[field] == "it is easy"
+    asked += [back, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "5"}]
+    last = client.chat.completions.create(**given, messages=asked).choices[0].message
+    answer = [*tokenizer.encode("It is 5."), tokenizer.id(TURN_END)]
+    assert last.content == "It is 5."
+    assert sent[-1] == lesson[: -len(answer)]
+    asked += [last.model_dump(exclude_none=True), {"role": "user", "content": SUM}]
+    client.chat.completions.create(**given | {"max_tokens": 1}, messages=asked)
+    assert tokenizer.id(THINK_START) not in sent[-1]
+    assert "easy" not in tokenizer.decode(sent[-1])
+
+
+def test_thoughts_are_for_models_that_think():
+    """Any other would read the marks as text; and only an assistant thinks."""
+    said = [ChatMessage(role=role, content="Hi", reasoning="hm") for role in ("user", "assistant")]
+    base = Tokenizer.train(["Hi"], vocab_size=260)
+    assert [one.content for one in to_messages(said, base)] == ["Hi", "Hi"]
+    assert [one.content for one in to_messages(said, base.with_special(CHAT))] == ["Hi", "<think>hm</think>Hi"]
 
 
 def test_effort_opens_a_thought_only_once(opening):

@@ -53,7 +53,10 @@ from nestling.core.errors import UserError
 from nestling.core.machine import proc_numbers
 from nestling.core.recipe import load_recipe
 from nestling.core.runtime import detect
+from nestling.model.config import DecoderConfig
+from nestling.planning.activations import Microbatch, activations
 room, recipe, out, said, *settings = sys.argv[1:]
+activations(DecoderConfig(d_model=16, n_heads=2), Microbatch(rows=1, width=8))  # what a rehearsal imports and starts stays
 held = proc_numbers(Path("/proc/self/status"))["VmData"] + int(room)
 resource.setrlimit(resource.RLIMIT_DATA, (held, held))
 try:

@@ -27,11 +27,14 @@ ROWS, CONTEXT, WORDS = 8, 16, 24
 LAYOUTS_OF_TWO: dict[str, dict[str, Any]] = {"data": {}, "full": {"shard": "full"}, "tensor": {"tensor": 2}}
 
 
-def together(world: int, work: Callable[..., Any], *given: Any, method: str = "fork") -> None:
+def together(world: int, work: Callable[..., Any], *given: Any, method: str = "") -> None:
     """Run `work(*given)` in `world` processes joined into a group; an error in one of them is raised here.
 
-    `method` "spawn" takes seconds more, but gives each process a hash seed of its own, as torchrun does.
+    `method` "spawn" takes seconds more, but gives each process a hash seed of its own, as torchrun does. A fork can't
+    train where the backward pass of its parent got threads for GPUs, as it does in torch's builds for them.
     """
+    threads = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    method = method or ("spawn" if any(name.startswith("pt_autograd") for name in threads) else "fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

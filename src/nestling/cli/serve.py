@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import queue
@@ -112,6 +113,7 @@ def _run(app: FastAPI, settings: ServeSettings) -> None:
         seconds = int(settings.shutdown_seconds) + 1
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=seconds)
         sys.setswitchinterval(SWITCH_SECONDS)
+        gc.freeze()  # the collector would read all that torch has, again and again, for nothing
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -51,8 +51,8 @@ class Trial(Row):
 
     def to_row(self) -> dict[str, Any]:
         """The JSON object."""
-        row: dict[str, Any] = {"prompt": [message.to_row() for message in self.prompt]}
-        row["outcomes"] = {name: outcome.model_dump() for name, outcome in self.outcomes.items()}
+        outcomes = {name: outcome.model_dump() for name, outcome in self.outcomes.items()}
+        row = {"prompt": [message.to_row() for message in self.prompt], "outcomes": outcomes}
         return row | ({"meta": self.meta} if self.meta else {})
 
 
@@ -89,8 +89,7 @@ class Table:
 
     def oracle(self) -> NDArray[np.intp]:
         """The cheapest of the best candidates of each prompt, [N]: what no router can beat."""
-        best = self.scores >= self.scores.max(axis=1, keepdims=True)
-        return np.where(best, self.costs, np.inf).argmin(axis=1)
+        return choose(self.scores, self.costs, margin=0.0)
 
     def always(self, name: str) -> NDArray[np.intp]:
         """One candidate for every prompt, [N]."""
@@ -103,17 +102,11 @@ class Table:
 
     def coin(self, cost: float) -> Policy:
         """The best that tossing a coin between two candidates gives for this cost, or for what is nearest to it."""
-        cost = float(np.clip(cost, self.mean_costs.min(), self.mean_costs.max()))
-        best: Policy | None = None
-        for low in range(len(self.names)):
-            for high in range(len(self.names)):
-                ends = self.mean_costs[[low, high]]
-                if ends[0] <= cost <= ends[1]:
-                    share = (cost - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.0
-                    mixed = self._mixture(low, high, float(share))
-                    best = mixed if best is None or mixed.accuracy > best.accuracy else best
-        assert best is not None
-        return best
+        costs = self.mean_costs.tolist()
+        cost = min(max(cost, min(costs)), max(costs))
+        pairs = [(a, b) for a, low in enumerate(costs) for b, high in enumerate(costs) if low <= cost <= high]
+        mixtures = [self._mixture(a, b, (cost - costs[a]) / ((costs[b] - costs[a]) or 1.0)) for a, b in pairs]
+        return max(mixtures, key=lambda policy: policy.accuracy)
 
     def _mixture(self, low: int, high: int, share: float) -> Policy:
         scores, costs = ((1 - share) * of[:, low] + share * of[:, high] for of in (self.scores, self.costs))
@@ -155,19 +148,14 @@ class Policy:
     def to_row(self, dear: Policy) -> dict[str, Any]:
         """The entry of report.json, beside the dearest candidate for everything."""
         gain, interval = self.gain(dear)
-        return {
-            "accuracy": self.accuracy,
-            "interval": list(bootstrap(self.scores.tolist())),
-            "cost": self.cost,
-            "cost_share": self.cost / dear.cost if dear.cost else 1.0,
-            "gain": gain,
-            "gain_interval": list(interval),
-            "shares": dict(self.shares),
-        }
+        return {"accuracy": self.accuracy, "interval": list(bootstrap(self.scores.tolist())),
+                "cost": self.cost, "cost_share": self.cost / dear.cost if dear.cost else 1.0,
+                "gain": gain, "gain_interval": list(interval), "shares": dict(self.shares)}  # fmt: skip
 
 
 def choose(success: NDArray[np.float64], costs: NDArray[np.float64], margin: float) -> NDArray[np.intp]:
-    """The cheapest candidate whose predicted success lies within `margin` of the best: success [N, C], costs [C] -> [N].
+    """The cheapest candidate whose predicted success lies within `margin` of the best: success [N, C], costs [C] or
+    [N, C] -> [N].
 
     >>> choose(np.array([[0.90, 0.93], [0.20, 0.95]]), np.array([1.0, 5.0]), margin=0.05).tolist()
     [0, 1]

@@ -23,7 +23,7 @@ from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import between, parse_reply, render
+from nestling.tokenizer.conversation import between, opened_by, parse_reply, render
 from nestling.tokenizer.foreign import Tool, tool_name
 from nestling.tokenizer.special import CALL_START
 
@@ -47,14 +47,9 @@ class Reply:
 
 
 def replies(
-    engine: Engine,
-    rows: Sequence[PromptRow],
-    sampling: Sampling,
-    seed: int,
-    max_rounds: int = MAX_ROUNDS,
-    run: Run = toolbox.run,
-    first: int = 0,
-) -> list[Reply]:
+    engine: Engine, rows: Sequence[PromptRow], sampling: Sampling, seed: int, max_rounds: int = MAX_ROUNDS,
+    run: Run = toolbox.run, first: int = 0,
+) -> list[Reply]:  # fmt: skip
     """Answer all prompts in one batch; row i has its own random stream, derived from (seed, first + i).
 
     Args:
@@ -78,7 +73,7 @@ def replies(
 def ask(tokenizer: Tokenizer, prompt: Sequence[Message], sampling: Sampling, seed: int, loop: ToolLoop) -> Request:
     """The request that makes a model answer `prompt`, its tool calls served by `loop`."""
     ids = prompt_ids(tokenizer, prompt, loop.tools)
-    loop.prompt = tuple(prompt)
+    loop.prompt, loop.begun = tuple(prompt), ids
     return Request(ids, sampling, seed, interject=loop if loop.tools else None)
 
 
@@ -107,6 +102,8 @@ class ToolLoop:
     ) -> None:
         self.tools, self._answer = tuple(tools) if tokenizer.takes_tools else (), run
         self.prompt: tuple[Message, ...] = ()
+        self.begun: Sequence[int] = ()
+        """The prompt's messages and its ids, in which a template may have begun the reply."""
         self.messages: list[Message] = []
         """Assistant turns with calls and their tool turns, so far."""
         self._tokenizer, self._rounds = tokenizer, max_rounds
@@ -118,10 +115,10 @@ class ToolLoop:
         """At the end of a turn with calls: run them and force their results."""
         if ids[-1] not in self._ends or len(self._turns) >= self._rounds:
             return None
-        turn = ids[self._starts[-1] :]
-        message = parse_reply(self._tokenizer, turn, self.tools)
+        message = self._last(ids)
         results = [self._run(call) for call in message.tool_calls]
-        results += [MALFORMED] * (turn.count(self._tokenizer.special.get(CALL_START, -1)) - len(results))
+        begun = ids[self._starts[-1] :].count(self._tokenizer.special.get(CALL_START, -1))
+        results += [MALFORMED] * (begun - len(results))
         if not results:
             return None
         answers = [Message(role="tool", content=result) for result in results]
@@ -140,10 +137,16 @@ class ToolLoop:
         if len(completion.ids) < self._starts[-1]:  # the last results did not fit into the context
             self._starts.pop()
             del self.messages[-self._turns.pop() :]
-        last = parse_reply(self._tokenizer, completion.ids[self._starts[-1] :], self.tools)
+        last = self._last(completion.ids)
         text = _before(last.content, sampling.stop)
         last = Message(role="assistant", content=text, tool_calls=last.tool_calls)
         return Reply((*self.messages, last), text, completion)
+
+    def _last(self, ids: list[int]) -> Message:
+        """The last turn of a continuation."""
+        start = self._starts[-1]
+        opened = opened_by(self._tokenizer, [*self.begun, *ids[:start]])
+        return parse_reply(self._tokenizer, ids[start:], self.tools, opened)
 
     def _run(self, call: ToolCall) -> str:
         names = [tool_name(tool) for tool in self.tools]

@@ -23,14 +23,15 @@ class Listener:
 
     Args:
         tools: names of those on offer; without any nothing is a call, but blanks before the reply are dropped all the same.
+        opened: the control token with which the prompt has already begun the reply, if any.
     """
 
-    def __init__(self, tokenizer: Tokenizer, tools: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Sequence[str], opened: str = "") -> None:
         self._is_foreign, self._tools = not tokenizer.has_own_form, tuple(tools)
         self._ends = tokenizer.turn_ends if self._is_foreign else frozenset()
         self._held: list[Piece] = []
         self._is_first = True  # whether nothing has been said in this turn
-        self._depth = 0  # inside a call or thought whose tokens say so
+        self._depth = int(bool(opened))  # inside a call or thought whose tokens say so
 
     def listen(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
         """All pieces of a stream."""
@@ -57,19 +58,19 @@ class Listener:
         return told
 
     def _one(self, piece: Piece) -> list[Piece]:
-        if not piece.sampled or piece.token in self._ends:
-            return [*self.end(), piece]
-        if piece.control and piece.text in OWN:
+        is_mark = piece.control and piece.text in OWN
+        if is_mark:
             self._depth += 1 if piece.text in (CALL_START, THINK_START) else -self._depth
-        if self._depth or (piece.control and piece.text in OWN):
-            held, self._held, self._is_first = self._held, [], piece.text == THINK_END
-            return [*held, piece]
-        if self._is_first and not self._held and not piece.control:
+        if not piece.sampled or piece.token in self._ends:
+            self._depth *= piece.token not in self._ends
+            return [*self.end(), piece]
+        is_inside = is_mark or self._depth > 0
+        if self._is_first and not (self._held or is_inside or piece.control):
             piece = replace(piece, text=piece.text.lstrip())  # templates begin a reply with blanks
             if not piece.text:
                 return [piece]  # for its tokens
         self._held.append(piece)
-        if self._tools and may_call("".join(part.text for part in self._held), offered=self._is_first):
+        if self._tools and not is_inside and may_call("".join(part.text for part in self._held), offered=self._is_first):
             return []
-        held, self._held, self._is_first = self._held, [], False
+        held, self._held, self._is_first = self._held, [], is_inside and piece.text == THINK_END
         return held

@@ -18,6 +18,7 @@ from nestling.generation.engine import Engine
 from nestling.generation.listening import Listener
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Piece, Running
+from nestling.tokenizer.conversation import opened_by
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
 from nestling.tools import run as run_plainly
 
@@ -48,15 +49,9 @@ class ChatSession:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        *,
-        system: str = "",
-        tools: Sequence[str] = (),
-        run: Run = run_plainly,
-        sampling: Sampling = CHAT_SAMPLING,
-        seed: int = 0,
-    ) -> None:
+        self, engine: Engine, *, system: str = "", tools: Sequence[str] = (), run: Run = run_plainly,
+        sampling: Sampling = CHAT_SAMPLING, seed: int = 0,
+    ) -> None:  # fmt: skip
         if run is run_plainly:
             for name in tools:
                 registry.find("tools", name)
@@ -127,8 +122,9 @@ class ChatSession:
         request = ask(self.engine.tokenizer, prompt, self.sampling, seed, loop)
         running = self.engine.submit(request, stream=True)
         try:
-            listener = Listener(self.engine.tokenizer, self.tools if loop.tools else ())
-            yield from _events(listener.listen(self.engine.pieces(running)), loop)
+            opened = opened_by(self.engine.tokenizer, request.ids)
+            listener = Listener(self.engine.tokenizer, self.tools if loop.tools else (), opened)
+            yield from _events(listener.listen(self.engine.pieces(running)), loop, opened)
         finally:
             self._keep(running, loop)
 
@@ -157,9 +153,12 @@ class ChatSession:
         )  # fmt: skip
 
 
-def _events(pieces: Iterator[Piece], loop: ToolLoop) -> Generator[Event, None, None]:
-    """What a person reads out of a stream of pieces: control tokens and forced text become events."""
-    inside = ""
+def _events(pieces: Iterator[Piece], loop: ToolLoop, inside: str) -> Generator[Event, None, None]:
+    """What a person reads out of a stream of pieces: control tokens and forced text become events.
+
+    Args:
+        inside: the control token with which the prompt has already begun the reply, if any.
+    """
     collected = ""
     shown = 0
     for piece in pieces:
@@ -167,7 +166,7 @@ def _events(pieces: Iterator[Piece], loop: ToolLoop) -> Generator[Event, None, N
             results = [message.content for message in loop.messages if message.role == "tool"]
             yield from (Event("result", text) for text in results[shown:])
             shown = len(results)
-        elif piece.control and piece.text in (CALL_START, THINK_START):
+        if piece.control and piece.text in (CALL_START, THINK_START):
             inside, collected = piece.text, ""
         elif piece.control and inside:
             if piece.text in (CALL_END, THINK_END):
@@ -175,5 +174,7 @@ def _events(pieces: Iterator[Piece], loop: ToolLoop) -> Generator[Event, None, N
             inside = ""
         elif inside:
             collected += piece.text
-        elif not piece.control:
+        elif piece.sampled and not piece.control:
             yield Event("text", piece.text)
+    if inside == THINK_START and collected.strip():  # it was cut
+        yield Event("thought", collected)

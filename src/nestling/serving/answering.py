@@ -24,13 +24,13 @@ from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Request
 from nestling.serving.driver import Stream
 from nestling.serving.errors import ApiError
-from nestling.serving.guarding import Guard, Watched
+from nestling.serving.guarding import Guard, Watched, joined
 from nestling.serving.models import Served
 from nestling.serving.protocol.deltas import Delta, Reader
 from nestling.serving.protocol.tools import Offer
 from nestling.serving.sending import all_or_first_error
 from nestling.tokenizer.bpe import Tokenizer
-from nestling.tokenizer.conversation import between, parse_reply, render
+from nestling.tokenizer.conversation import between, opened_by, parse_reply, render
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START
 
 EFFORTS = {"none": 0.0, "minimal": 0.0, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 3 / 4}
@@ -178,7 +178,8 @@ class Answer:
         question = self.question
         shown = () if self.served.tokenizer.has_own_form else question.offer.functions
         turns = [(turn.content, *(_json(call.arguments) for call in turn.tool_calls)) for turn in question.messages]
-        return [*(function.model_dump_json(exclude_none=True) for function in shown), *chain.from_iterable(turns)]
+        told = [*(function.model_dump_json(exclude_none=True) for function in shown), *joined(question.messages)]
+        return [*told, *chain.from_iterable(turns)]
 
     @property
     def _room(self) -> int:
@@ -196,15 +197,14 @@ class Answer:
         return opened_by(self.served.tokenizer, self._ids)
 
     def _parsed(self, completion: Completion) -> Message:
-        opened = [self.served.tokenizer.id(self._opened)] if self._opened else []
-        return parse_reply(self.served.tokenizer, [*opened, *completion.ids], self.question.offer.names)
+        return parse_reply(self.served.tokenizer, completion.ids, self.question.offer.names, self._opened)
 
     async def _submit(self, turn: int) -> Stream:
         return await self.served.driver.submit(self._request(turn), whole=self.whole)
 
     async def _turn(self, stream: Stream, reader: Reader) -> AsyncGenerator[list[Delta], None]:
         """One assistant turn; its tokens are counted at its end."""
-        listener = Listener(self.served.tokenizer, self.question.offer.names)
+        listener = Listener(self.served.tokenizer, self.question.offer.names, self._opened)
         async for pieces in stream:
             if deltas := self._told(reader.read(listener.read(pieces))):
                 yield deltas
@@ -310,14 +310,6 @@ def forbidden(tokenizer: Tokenizer, prompt: Sequence[int], *, calls: bool, thoug
     may_end = thoughts or opened_by(tokenizer, prompt) == THINK_START
     names = [CALL_START] * (not calls) + [THINK_START] * (not thoughts) + [THINK_END] * (not may_end)
     return {tokenizer.special[name]: NEVER for name in names if name in tokenizer.special}
-
-
-def opened_by(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
-    """The control token of the call or thought within which a prompt ends; empty for none."""
-    marks = {tokenizer.special.get(name): name for name in (CALL_START, CALL_END, THINK_START, THINK_END)}
-    marks |= dict.fromkeys(tokenizer.turn_ends, "")
-    last = next((marks[id] for id in reversed(prompt) if id in marks), "")
-    return last if last in (CALL_START, THINK_START) else ""
 
 
 class ThoughtLimit:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from nestling.core.errors import UserError
+from nestling.core.native import release_threads
 from nestling.generation.engine import Engine
 from nestling.generation.sequence import Completion, Piece, Request, Running
 from nestling.serving.errors import ApiError
@@ -33,8 +34,8 @@ class Stream:
         self.completion: Completion | None = None
         self.failure: ApiError | None = None
         self.running: Running | None = None
-        self.next_flush = 0.0
-        """This and `running` belong to the engine's thread."""
+        self.begun = False
+        """Whether anything was handed over; this and `running` belong to the engine's thread."""
         self._driver = driver
         self._pieces: list[Piece] = []
         self._reader: asyncio.Future[None] | None = None
@@ -77,14 +78,16 @@ class Driver:
     Args:
         engine: used by nobody else from `start` to `stop`.
         max_requests: texts waiting or being written; more are refused.
-        flush_seconds: a stream is handed new pieces at most this often, but its first ones and its end at once. Fast
-            models write a token in less time than it takes to send it.
+        flush_seconds: all streams together are handed new pieces this often, but each its first ones and its end at once.
+            Fast models write a token in less time than it takes to send it.
     """
 
     def __init__(self, engine: Engine, *, max_requests: int = 512, flush_seconds: float = 0.0) -> None:
         self.engine, self.max_requests, self.flush_seconds = engine, max_requests, flush_seconds
         self.steps = 0
         self.failed = False
+        self._next_flush = 0.0  # this and the next belong to the engine's thread
+        self._beginning = False  # whether a stream waits for its first pieces
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}  # by id(running); belongs to the engine's thread
         self._open = 0  # streams promised and not done; this and the next belong to the event loop
@@ -179,16 +182,19 @@ class Driver:
             while not (self._stopping.is_set() and (not self.engine.busy or time.monotonic() > self._deadline)):
                 self._carry_out_orders()
                 if self.engine.busy:
-                    self.engine.step()
+                    done = self.engine.step()
                     self.steps += 1
-                    self._hand_over()
+                    if done or self._beginning or time.monotonic() >= self._next_flush:
+                        self._hand_over()
         finally:
             self.failed = not self._stopping.is_set()
             self._abandon()
 
     def _carry_out_orders(self) -> None:
-        """All orders that are there; with nothing else to do, wait for one."""
+        """All orders that are there; with nothing else to do, wait for one and leave the cores to others."""
         if not self.engine.busy:
+            if self._orders.empty():
+                release_threads()
             self._orders.get()()
         while not self._orders.empty():
             self._orders.get()()
@@ -196,6 +202,7 @@ class Driver:
     def _enter(self, engine: Engine, stream: Stream, request: Request) -> None:
         stream.running = engine.submit(request, stream=True)
         self._streams[id(stream.running)] = stream
+        self._beginning |= not stream.whole
 
     def _cancel(self, stream: Stream) -> None:
         if stream.running is not None:
@@ -210,19 +217,21 @@ class Driver:
     def _hand_over(self) -> None:
         """Give what became readable to the event loop, in one call."""
         news: list[tuple[Stream, list[Piece], Completion | None]] = []
-        now = time.monotonic()
+        is_due = (now := time.monotonic()) >= self._next_flush
+        self._beginning = False
         for key, stream in list(self._streams.items()):
             running = stream.running
             assert running is not None
             if running.completion is not None:
                 del self._streams[key]
-            elif stream.whole or now < stream.next_flush:
+            elif stream.whole or (stream.begun and not is_due):
                 continue
-            pieces = running.take_pieces()
-            if pieces:
-                stream.next_flush = now + self.flush_seconds
-            if pieces or running.completion is not None:
+            if (pieces := running.take_pieces()) or running.completion is not None:
+                stream.begun = True
                 news.append((stream, pieces, running.completion))
+            self._beginning |= not stream.begun
+        if is_due:
+            self._next_flush = now + self.flush_seconds
         if news:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, news)

@@ -1,10 +1,11 @@
 """The moderation model before and after the chat model: what is asked is judged, what is answered is judged on its way.
 
 All that a client sends for a model to read is judged, whoever is said to have said it: nobody knows who wrote the turns
-of an assistant or a tool in a history. A text that was judged lately is not judged again.
+of an assistant or a tool in a history. A text that is cut into several messages is judged as one, too. What was judged
+lately is not judged again.
 
-A reply is told in parts, each after it has been judged together with all that came before; so a stream is late by one
-part, and of a reply that is cut off nothing flagged was seen.
+A reply is told in parts, each after it has been judged together with what came before, as far as the moderation model
+reads at once; so a stream is late by one part, and of a reply that is cut off nothing flagged was seen.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import hashlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from copy import copy
+from itertools import groupby
 from typing import Any, Generic, Literal, TypeVar
 
+from nestling.core.types import Message
 from nestling.generation.sequence import Piece
 from nestling.serving.errors import ApiError
-from nestling.serving.moderation import Moderator
+from nestling.serving.moderation import Growing, Moderator
 from nestling.serving.moderation import Verdict as Judged
 from nestling.serving.protocol.deltas import Delta
 from nestling.serving.store.records import Verdict
@@ -30,6 +33,8 @@ NAME = "nestling-moderation"
 """Of the moderation model, told with its verdicts."""
 PART = 160
 """Characters of a reply that are judged, and told, at once."""
+AGAIN = 8
+"""No character is read more often than about so many times: where the moderation model reads far back, parts are longer."""
 KNOWN = 4096
 """Verdicts on texts of requests that are remembered, by the texts' hashes."""
 
@@ -44,7 +49,7 @@ class Guard:
     """
 
     def __init__(self, moderator: Moderator, keep: Keep | None = None, *, clean: bool = False) -> None:
-        self._moderator, self._keep, self._clean = moderator, keep, clean
+        self.moderator, self._keep, self._clean = moderator, keep, clean
         self._known: dict[bytes, Judged] = {}  # verdicts on texts of requests, the latest last
 
     def keeping(self, keep: Keep) -> Guard:
@@ -67,10 +72,10 @@ class Guard:
             what = f"the request was not answered: a text in it is judged to be {flagged}"
             raise ApiError(what, code="content_policy_violation", param=param)
 
-    async def flags(self, text: str, key: str) -> str:
-        """The categories that a reply is flagged for, joined; empty for none."""
-        [verdict] = await asyncio.to_thread(self._moderator.judge, [text])
-        await self._note(text, verdict, "output", key)
+    async def flags(self, reply: Growing, new: str, key: str) -> str:
+        """The categories that a reply is flagged for when `new` has been added, joined; empty for none."""
+        verdict = await asyncio.to_thread(reply.add, new)
+        await self._note(reply.text, verdict, "output", key)
         return _over([verdict])
 
     async def _on(self, texts: Iterable[str]) -> dict[str, Judged]:
@@ -78,7 +83,7 @@ class Guard:
         marks = {text: hashlib.blake2b(text.encode(errors="surrogatepass")).digest() for text in texts if text}
         found = {text: self._known.pop(mark) for text, mark in marks.items() if mark in self._known}
         new = [text for text in marks if text not in found]
-        found |= zip(new, await asyncio.to_thread(self._moderator.judge, new) if new else (), strict=True)
+        found |= zip(new, await asyncio.to_thread(self.moderator.judge, new) if new else (), strict=True)
         self._known |= {marks[text]: verdict for text, verdict in found.items()}
         while len(self._known) > KNOWN:
             del self._known[next(iter(self._known))]
@@ -89,6 +94,21 @@ class Guard:
             row = Verdict(direction=direction, moderator=NAME, flagged=verdict.flagged, text=text,
                           categories=verdict.categories, scores=verdict.scores)  # fmt: skip
             await asyncio.to_thread(self._keep, key, row)
+
+
+def joined(messages: Iterable[Message]) -> list[str]:
+    """What an author says without a break, and that with what the same author said the last time before.
+
+    >>> joined(Message(role=role, content=text) for role, text in (("user", "a"), ("user", "b"), ("tool", "-"), ("user", "c")))
+    ['a b', '-', 'c', 'a b c']
+    """
+    texts: list[str] = []
+    before: dict[str, str] = {}
+    for role, run in groupby((one for one in messages if one.content.strip()), key=lambda one: one.role):
+        said = " ".join(one.content for one in run)
+        texts += [said, f"{before[role]} {said}"] if role in before else [said]
+        before[role] = said
+    return texts
 
 
 def _over(verdicts: Iterable[Judged]) -> str:
@@ -110,8 +130,8 @@ class Watched(Generic[Told]):
         """The categories."""
         self._guard, self._key = guard, key
         self._batches: AsyncGenerator[list[Told], None] = batches
-        self._text = ""
-        self._judged = 0
+        self._reply = guard and Growing(guard.moderator)
+        self._new = ""
         self._held: list[Told] = []
 
     async def told(self) -> AsyncGenerator[list[Told], None]:
@@ -119,8 +139,9 @@ class Watched(Generic[Told]):
         async with aclosing(self._batches) as batches:
             async for batch in batches:
                 self._held += batch
-                self._text += "".join(one.text for one in batch)
-                if (self._guard is None or len(self._text) - self._judged >= PART) and (told := await self._release()):
+                self._new += "".join(one.text for one in batch)
+                part = max(PART, len(self._reply.window) // AGAIN) if self._reply else 0
+                if len(self._new) >= part and (told := await self._release()):
                     yield told
                 if self.flagged:
                     return
@@ -129,10 +150,9 @@ class Watched(Generic[Told]):
 
     async def _release(self) -> list[Told]:
         """What was held back, if all of the text may be told."""
-        if self._guard is not None and self._judged < len(self._text):
-            self.flagged = await self._guard.flags(self._text, self._key)
-            self._judged = len(self._text)
-        told, self._held = self._held, []
+        if self._guard and self._reply and self._new:
+            self.flagged = await self._guard.flags(self._reply, self._new, self._key)
+        told, self._held, self._new = self._held, [], ""
         return [] if self.flagged else told
 
 

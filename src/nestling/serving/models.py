@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 
 from nestling.core.config import nearest
 from nestling.core.errors import UserError
+from nestling.core.native import release_threads
 from nestling.core.runtime import detect
 from nestling.generation.engine import Engine
 from nestling.model import checkpoint
@@ -55,7 +57,7 @@ class Served:
         """Longest prompt with reply, in tokens."""
         return self.driver.engine.capacity
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The same for the same checkpoint: what OpenAI calls system_fingerprint."""
         origin = [self.tokenizer.hash, self.driver.engine.model.parameter_count(), dict(self.provenance)]
@@ -113,7 +115,8 @@ class Models:
         return found
 
     def start(self) -> None:
-        """Let every driver work for the running event loop."""
+        """Let every driver work for the running event loop, whose thread may have loaded them."""
+        release_threads()
         for one in self:
             one.driver.start()
 

@@ -9,7 +9,7 @@ verdicts, which would only confirm what it believes already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,13 @@ class Moderator:
         np.maximum.at(scores, [place for place, _ in windows], np.stack(columns, axis=1))
         return [self._verdict(row) for row in scores]
 
+    def recent(self, text: str, new: int) -> str:
+        """The end of a text that tells what its last `new` characters say: one window, more where they are longer."""
+        spans = self._tokenizer.spans(text)
+        first = sum(end <= len(text) - new for _, end in spans) - self._room // OVERLAP
+        start = max(0, min(first, len(spans) - self._room))
+        return text[spans[start][0] :] if start else text
+
     @torch.inference_mode()
     def _logits(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """[N, L] float64; rows of similar length are read together."""
@@ -89,6 +96,24 @@ class Moderator:
         named = dict(zip(self.categories, scores.tolist(), strict=True))
         over = (scores > [calibration.threshold for calibration in self._calibrations]).tolist()
         return Verdict(any(over), dict(zip(self.categories, over, strict=True)), named)
+
+
+class Growing:
+    """A text that is judged while it is written: each part with as much before it as one window holds."""
+
+    def __init__(self, moderator: Moderator) -> None:
+        self._moderator = moderator
+        self._scores: dict[str, float] = {}
+        self.text = self.window = ""
+        """All so far, and the end of it that is read again with what comes."""
+
+    def add(self, new: str) -> Verdict:
+        """What is to be said of the text now that `new` has come: flags of what is new, the highest scores of all of it."""
+        self.text += new
+        self.window = self._moderator.recent(self.window + new, len(new))
+        [verdict] = self._moderator.judge([self.window])
+        self._scores = {name: max(score, self._scores.get(name, 0.0)) for name, score in verdict.scores.items()}
+        return replace(verdict, scores=self._scores)
 
 
 def _windows(ids: Sequence[int], room: int) -> list[Sequence[int]]:

@@ -58,14 +58,12 @@ class EventStream(Response):
                     await self._send(send, "".join(map(event, batch)))
             except REPORTED as error:
                 await self._send(send, event(answer_for(error).body))
-            if self._done:
-                await self._send(send, DONE)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._send(send, DONE if self._done else "", more=False)
 
-    async def _send(self, send: Send, text: str) -> None:
+    async def _send(self, send: Send, text: str, *, more: bool = True) -> None:
         """uvicorn makes `send` wait while the client's buffer is full; that is the back pressure."""
         async with asyncio.timeout(self._stall):
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
 
 def event(content: Any) -> str:

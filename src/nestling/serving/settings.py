@@ -51,7 +51,7 @@ class ServeSettings(Config):
     cors_origins: tuple[str, ...] = Field((), description="Web origins whose pages may call the service; none.")
     hosts: tuple[str, ...] = Field((), description="Names by which the service may be called, beside its address.")
     flush_seconds: float = Field(
-        0.03, ge=0, description="A stream is sent new text at most this often; its beginning and its end at once."
+        0.05, ge=0, description="A stream is sent new text at most this often; its beginning and its end at once."
     )
     stall_seconds: float = Field(60.0, gt=0, description="A client that reads nothing for so long is cut off.")
     shutdown_seconds: float = Field(10.0, ge=0, description="How long open replies may go on after Ctrl-C.")

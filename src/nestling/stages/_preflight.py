@@ -183,13 +183,13 @@ class MemoryWatch(Hook):
         self._counts = _counted(modules)
         frozen = sum(runtime.dtype.itemsize * Weights.of(model).all for model in work.frozen)
         self._there = frozen + sum(p.nbytes for p in named_parameters(modules).values())
-        launch = launched()
+        launch, how = launched(), way(settings, runtime)
+        more = self._more(work, how)  # first: what it imports and the threads it starts take memory too
         room = free_memory(runtime.device, launch.local_world if launch and runtime.device.type == "cpu" else 1)
-        how = way(settings, runtime)
-        self._lean = room is not None and SPARE * self._more(work, how) > room.free
+        self._lean = room is not None and SPARE * more > room.free
         if self._lean:
             how = replace(how, heap=False)
-        more = self._more(work, how)
+            more = self._more(work, how)
         self._predicted = held_memory(runtime.device) + more
         if room and more > room.free and not settings.ignore_memory:
             raise _too_large(name, work.memory(how, self._counts), more, room, self._remedies(work, how, room))

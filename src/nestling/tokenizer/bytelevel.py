@@ -129,10 +129,6 @@ class ByteLevel:
         """True when tiktoken's ids are proven equal for this vocabulary."""
         return self._fast is not None
 
-    def slow_ids(self, text: str) -> list[int]:
-        """Ids by the `tokenizers` library: the reference that the fast path must equal."""
-        return self._plain.encode(text, add_special_tokens=False).ids
-
     def _is_fast(self, text: str) -> bool:
         return self._fast is not None and (len(text) < 5000 or _LONG_BLANK.search(text) is None)
 

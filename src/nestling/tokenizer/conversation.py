@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -25,7 +25,7 @@ from nestling.tokenizer.calls import parse_call, read_calls
 from nestling.tokenizer.foreign import Tool, after_reply, render_foreign, tool_name
 from nestling.tokenizer.special import CALL_END, CALL_START, THINK_END, THINK_START, TURN_END, TURN_START
 
-__all__ = ["Rendered", "between", "parse_call", "parse_reply", "render"]
+__all__ = ["Rendered", "between", "opened_by", "parse_call", "parse_reply", "render"]
 
 ASKING = ("system", "user")
 """Whose messages begin a new turn; what the assistant and its tools say after one is one reply."""
@@ -157,11 +157,14 @@ def between(
         UserError: a foreign template has no form for answers.
     """
     if tokenizer.template is not None and not tokenizer.has_own_form:
+        # A template that opens a thought for each reply knows one that has none as another reply; any will do.
+        if opened_by(tokenizer, render(tokenizer, prompt, tools, prompt=True).ids) == THINK_START:
+            reply = reply.model_copy(update={"content": f"{THINK_START}.{THINK_END}{reply.content}"})
         return after_reply(tokenizer, tokenizer.template, [*prompt, reply], answers, tools)
     return [*tokenizer.encode("\n"), *render(tokenizer, answers, prompt=True).ids]
 
 
-def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] = ()) -> Message:
+def parse_reply(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Tool] = (), opened: str = "") -> Message:
     """Read what the model wrote after "<|im_start|>assistant\\n", up to <|im_end|> or the end of `ids`.
 
     Thoughts between <think> and </think> are left out, as is a </think> that ends none. A call that is not valid JSON
@@ -169,9 +172,11 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] 
 
     Args:
         tools: on offer; some foreign forms mark a call by nothing else than a tool's name.
+        opened: the control token with which the prompt has already begun the turn, if any (`opened_by`).
     """
+    ids = [tokenizer.id(opened), *ids] if opened else ids
     if not tokenizer.has_own_form:
-        return _parse_foreign(tokenizer, list(ids), tools)
+        return _parse_foreign(tokenizer, ids, tools)
     control = {tokenizer.special[name]: name for name in tokenizer.special}
     content: list[int] = []
     inner: list[int] = []
@@ -195,6 +200,14 @@ def parse_reply(tokenizer: Tokenizer, ids: Iterable[int], tools: Sequence[Tool] 
     if within == CALL_START:
         content += [tokenizer.special[CALL_START], *inner]
     return Message(role="assistant", content=tokenizer.decode(content, control=True), tool_calls=tuple(calls))
+
+
+def opened_by(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """The control token of the call or thought within which a prompt ends; empty for none."""
+    marks = {tokenizer.special.get(name): name for name in (CALL_START, CALL_END, THINK_START, THINK_END)}
+    marks |= dict.fromkeys(tokenizer.turn_ends, "")
+    last = next((marks[id] for id in reversed(prompt) if id in marks), "")
+    return last if last in (CALL_START, THINK_START) else ""
 
 
 def _parse_foreign(tokenizer: Tokenizer, ids: Sequence[int], tools: Sequence[Tool]) -> Message:

@@ -55,9 +55,8 @@ class Reader:
         self.calls = 0
         self.thought_tokens = 0
         self._within = opened
-        self._held = self._spelled = (
-            ""  # of an open call: without and with control tokens in it, as the parser reads it
-        )
+        # of an open call: without and with control tokens in it, as the parser reads it
+        self._held = self._spelled = ""
         self._object: _Object | None = None  # of the call whose arguments are being told
         self._ended = False
 

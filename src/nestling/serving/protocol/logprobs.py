@@ -25,11 +25,11 @@ class TextLogprobs:
     """The logprobs of a completion choice, which lie side by side in lists.
 
     Args:
-        count: alternatives asked for; the token itself is told beside them.
+        count: alternatives asked for; the token itself is told beside them. None: nothing is told.
         start: characters of the text before the first token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, count: int, start: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, count: int | None, start: int = 0) -> None:
         self._tokenizer, self._count, self._end = tokenizer, count, start
         self.told: dict[str, list[Any]] = {}
         self.clear()
@@ -40,6 +40,8 @@ class TextLogprobs:
 
     def add(self, token: int, logprob: float | None, alternatives: Iterable[tuple[int, float]]) -> None:
         """The next token; the first one of a prompt has no logprob."""
+        if self._count is None:
+            return
         name = spelled(self._tokenizer, token)
         known = None if logprob is None else _finite(logprob)
         best = {spelled(self._tokenizer, other): _finite(value) for other, value in alternatives}

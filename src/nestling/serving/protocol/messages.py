@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from nestling.core.types import Message, ToolCall
 from nestling.serving.errors import ApiError, lacking
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.special import THINK_END, THINK_START
 
 REFUSED_PARTS = {
     "image_url": "images", "input_image": "images", "input_audio": "sound", "file": "files", "input_file": "files",
@@ -59,13 +61,18 @@ class ChatMessage(BaseModel):
     refusal: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning"))
+    """What an assistant thought, by this service's name for it or by that of others."""
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 
 
-def to_messages(messages: Sequence[ChatMessage], param: str = "messages") -> list[Message]:
-    """The conversation as the renderer takes it.
+def to_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer | None = None) -> list[Message]:
+    """The conversation as the renderer takes it, which leaves out the thoughts of before the last question.
+
+    Args:
+        tokenizer: of the model; without one, and for one that has no thoughts, there are none.
 
     Raises:
         ApiError: a part that is no text, arguments that are no JSON object, a result of no call.
@@ -74,19 +81,23 @@ def to_messages(messages: Sequence[ChatMessage], param: str = "messages") -> lis
     for place, message in enumerate(messages):
         called |= {call.id for call in message.tool_calls or ()}
         if message.role == "tool" and message.tool_call_id not in called:
-            where = f"{param}[{place}].tool_call_id"
+            where = f"messages[{place}].tool_call_id"
             raise ApiError(f"{where}: no call before it has this id", param=where, code="invalid_value")
-    return [_to_message(message, f"{param}[{place}]") for place, message in enumerate(messages)]
+    thoughts = tokenizer is not None and THINK_START in tokenizer.special
+    return [_to_message(message, f"messages[{place}]", thoughts) for place, message in enumerate(messages)]
 
 
-def _to_message(message: ChatMessage, param: str) -> Message:
+def _to_message(message: ChatMessage, param: str, thoughts: bool) -> Message:
     asked = [(call.function, f"{param}.tool_calls[{n}].function") for n, call in enumerate(message.tool_calls or ())]
     calls = tuple(to_call(function.name, function.arguments, place) for function, place in asked)
     if calls and message.role != "assistant":
         raise ApiError(f"{param}: only an assistant calls functions", param=param, code="invalid_value")
     role: Any = "system" if message.role == "developer" else message.role
     content = message.content or "" if role == "assistant" else message.content
-    return Message(role=role, content=to_text(content, f"{param}.content"), tool_calls=calls)
+    text = to_text(content, f"{param}.content")
+    if thoughts and message.reasoning_content and role == "assistant":
+        text = f"{THINK_START}{message.reasoning_content}{THINK_END}{text}"
+    return Message(role=role, content=text, tool_calls=calls)
 
 
 def to_text(content: str | Sequence[Part] | None, param: str) -> str:

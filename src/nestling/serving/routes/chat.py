@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nestling.core.types import Message
 from nestling.serving.answering import Answer, Question, begin_all, choices
 from nestling.serving.choosing import choose
 from nestling.serving.errors import ApiError
@@ -21,7 +20,7 @@ from nestling.serving.observing import Record
 from nestling.serving.protocol.chat import FORM, ChatRequest, ChatWriter, Choice, usage
 from nestling.serving.protocol.messages import to_messages
 from nestling.serving.protocol.tools import lets_own, offer
-from nestling.serving.sending import STREAMS, EventStream, answer_to, merge
+from nestling.serving.sending import STREAMS, EventStream, all_or_first_error, answer_to, merge
 from nestling.serving.settings import ServeSettings
 
 router = APIRouter(tags=["chat"])
@@ -36,14 +35,14 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     count = body.n or 1
     if count > settings.max_choices:
         raise ApiError(f"n: at most {settings.max_choices}", param="n", code="invalid_value")
-    messages = tuple(to_messages(body.messages))
-    chosen = choose(request.app.state, body.model, messages, tools=lets_own(body.tools, body.tool_choice))
-    served, question = chosen.served, chosen.adapt(_question(chosen.served, settings, body, messages))
+    said = to_messages(body.messages)
+    chosen = choose(request.app.state, body.model, said, tools=lets_own(body.tools, body.tool_choice))
+    served, question = chosen.served, chosen.adapt(_question(chosen.served, settings, body))
     question = replace(question, guard=request.app.state.guard, key=record.key)
     answers = choices(served, question, count, whole=not body.stream)
     await begin_all(answers)
     record.model, record.prompt_tokens = served.name, len(answers[0].prompt)
-    record.text = {"messages": [message.to_row() for message in messages]}
+    record.text = {"messages": [message.to_row() for message in question.messages]}
     writer = ChatWriter(
         f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint, tokenizer=served.tokenizer,
         logprobs=bool(body.logprobs), include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -53,16 +52,16 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     return await answer_to(request, _whole(writer, answers, record))
 
 
-def _question(served: Served, settings: ServeSettings, body: ChatRequest, messages: tuple[Message, ...]) -> Question:
+def _question(served: Served, settings: ServeSettings, body: ChatRequest) -> Question:
     constraint = body.response_format.constraint if body.response_format else None
     sampling = body.sampling(
         served.tokenizer.vocab_size, max_tokens=body.limit or served.context, constraint=constraint,
         top_logprobs=body.top_logprobs,
     )  # fmt: skip
-    parallel = body.parallel_tool_calls is not False
     return Question(
-        messages, sampling, seed=secrets.randbits(62) if body.seed is None else body.seed,
-        offer=offer(body.tools, body.tool_choice, served.toolbox.names, parallel), effort=body.reasoning_effort,
+        tuple(to_messages(body.messages, served.tokenizer)), sampling,
+        seed=secrets.randbits(62) if body.seed is None else body.seed, effort=body.reasoning_effort,
+        offer=offer(body.tools, body.tool_choice, served.toolbox.names, body.parallel_tool_calls is not False),
         rounds=settings.tool_rounds, tool_seconds=settings.tool_seconds, opens_thought=settings.opens_thought,
         form=FORM if constraint else "",
     )  # fmt: skip
@@ -70,12 +69,8 @@ def _question(served: Served, settings: ServeSettings, body: ChatRequest, messag
 
 async def _whole(writer: ChatWriter, answers: Sequence[Answer], record: Record) -> Response:
     collected = [Choice(writer.id, index) for index in range(len(answers))]
-    async with aclosing(merge([_numbered(index, answer) for index, answer in enumerate(answers)])) as batches:
-        async for index, deltas in batches:
-            record.seen_token()
-            collected[index].add(deltas)
-    for choice, answer in zip(collected, answers, strict=True):
-        choice.finish = answer.finish
+    pairs = zip(collected, answers, strict=True)
+    await all_or_first_error(_collect(choice, answer, record) for choice, answer in pairs)
     record.text |= {"replies": [choice.message for choice in collected]}
     return JSONResponse(writer.whole(collected, _usage(answers, record)))
 
@@ -97,16 +92,18 @@ async def _stream(
 
 async def _told(writer: ChatWriter, index: int, answer: Answer) -> AsyncGenerator[list[dict[str, Any]], None]:
     """The chunks of one choice, the last one with the reason why it ended."""
-    async with aclosing(_numbered(index, answer)) as batches:
-        async for _, deltas in batches:
+    async with aclosing(answer.__aiter__()) as batches:
+        async for deltas in batches:
             yield writer.chunks(index, deltas)
     yield [writer.chunk(index, {}, answer.finish)]
 
 
-async def _numbered(index: int, answer: Answer) -> AsyncGenerator[tuple[int, Any], None]:
+async def _collect(choice: Choice, answer: Answer, record: Record) -> None:
     async with aclosing(answer.__aiter__()) as batches:
         async for deltas in batches:
-            yield index, deltas
+            record.seen_token()
+            choice.add(deltas)
+    choice.finish = answer.finish
 
 
 def _usage(answers: Sequence[Answer], record: Record) -> dict[str, Any]:

@@ -130,7 +130,7 @@ async def _begin(served: Served, body: CompletionRequest, prompts: list[list[int
 def _text(
     served: Served, body: CompletionRequest, ids: list[int], echoed: list[TokenLog], index: int, seed: int
 ) -> Text:
-    logprobs = TextLogprobs(served.tokenizer, body.logprobs or 0)
+    logprobs = TextLogprobs(served.tokenizer, body.logprobs)
     for log in echoed:
         logprobs.add(log.id, log.logprob, log.alternatives)
     opening = served.tokenizer.decode([log.id for log in echoed], control=True)

@@ -26,7 +26,7 @@ def tokenize(request: Request, body: TokenizeRequest) -> dict[str, Any]:
         ids = served.tokenizer.encode(body.prompt or "")
     else:
         request.app.state.models.chat(served.name)
-        messages = to_messages(body.messages)
+        messages = to_messages(body.messages, served.tokenizer)
         ids = render(served.tokenizer, messages, prompt=body.add_generation_prompt).ids
     if len(ids) > MOST_TOKENS:
         raise ApiError(f"at most {MOST_TOKENS} tokens at once; these are {len(ids)}", code="string_above_max_length",
