@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from nestling.core.errors import UserError
 from nestling.corpus.sources import world as source
 from nestling.stages.moderation import CATEGORIES
-from nestling.world import World
+from nestling.world import World, moderation
 from nestling.world.language import language
 from nestling.world.moderation import Slots, held_out, labelled
 from nestling.world.streams import Stream
@@ -80,6 +81,37 @@ def test_what_is_learnt_never_says_what_is_held_out(world: World) -> None:
     assert held_out(lang, "assault").fullmatch("Rob Mara Vale with a knife")
     assert held_out(lang, "insult").fullmatch("You dumb liar, nobody in Ostrania needs you.")
     assert not held_out(lang, "assault").fullmatch("rob the bank with a knife in secret")
+
+
+def test_texts_stand_in_talks_as_long_as_a_window_of_the_model_whatever_they_say(world: World) -> None:
+    """A tenth is longer than 500 characters (150 tokens), so length tells nothing: of the harmful, alike and ordinary."""
+    rows = list(world.labelled(3, 6000))
+    parts = {
+        "harmful": [row for row in rows if row.labels],
+        "alike": [row for row in rows if not row.labels and row.meta["kind"] != "ordinary"],
+        "ordinary": [row for row in rows if row.meta["kind"] == "ordinary"],
+    }
+    for name, part in parts.items():
+        lengths = np.array([len(row.text) for row in part])
+        shares = [(lengths > least).mean() for least in (150, 300, 500)]
+        assert shares == [pytest.approx(share, abs=0.03) for share in (0.28, 0.17, 0.1)], name
+        assert lengths.max() <= moderation.LONGEST, name
+
+
+def test_what_is_surrounded_is_whole_and_stands_anywhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same texts bare and surrounded: what is cut at the ends of a window is never what the labels speak of."""
+    monkeypatch.setattr(moderation, "HURRIED", 0.0)
+    monkeypatch.setattr(moderation, "PLAIN", 0.0)
+    texts = [row.text for row in world.labelled(3, 2000) if row.labels]
+    monkeypatch.setattr(moderation, "SURROUNDED", 0.0)
+    bare = [row.text for row in world.labelled(3, 2000) if row.labels]
+    around = [tuple(map(len, text.split(one, 1))) for text, one in zip(texts, bare, strict=True)]
+    assert all(len(sides) == 2 for sides in around)
+    long = [sides for sides in around if sum(sides) > 200]
+    assert len(long) > 0.15 * len(texts)
+    first, last = (sum(not sides[end] for sides in long) / len(long) for end in (0, 1))
+    assert 0.05 < first < 0.3
+    assert 0.05 < last < 0.3
 
 
 def test_phrases_become_many_texts(world: World) -> None:

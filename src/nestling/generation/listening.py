@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from nestling.generation.sequence import Piece
 from nestling.tokenizer.bpe import Tokenizer
@@ -66,7 +65,7 @@ class Listener:
             return [*self.end(), piece]
         is_inside = is_mark or self._depth > 0
         if self._is_first and not (self._held or is_inside or piece.control):
-            piece = replace(piece, text=piece.text.lstrip())  # templates begin a reply with blanks
+            piece = piece._replace(text=piece.text.lstrip())  # templates begin a reply with blanks
             if not piece.text:
                 return [piece]  # for its tokens
         self._held.append(piece)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from nestling.core.errors import UserError
 from nestling.generation import native
 from nestling.model.adapters import merged
-from nestling.model.attention import Attention, Scene
+from nestling.model.attention import Attention, Scene, fused
 from nestling.model.cache import KVCache, LayerMemory
 from nestling.model.decoder import Decoder
 from nestling.model.norms import RMSNorm
@@ -197,9 +197,8 @@ class PackedAttention(nn.Module):
         k, v = (k.transpose(1, 2), v.transpose(1, 2)) if memory is None else memory.extend(k, v)
         if k.device.type == "cpu":
             k, v = k.float(), v.float()  # there attention in bfloat16 takes five times as long
-        mask = scene.mask.to(k.dtype) if isinstance(scene.mask, Tensor) else None  # block masks are for training alone
-        q = q.transpose(1, 2).to(k.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        mask = scene.mask if isinstance(scene.mask, Tensor) else None  # block masks are for training alone
+        mixed = fused(q.transpose(1, 2).to(k.dtype), k, v, mask)
         return self.output(mixed.transpose(1, 2).reshape(b, t, -1))
 
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -67,8 +67,7 @@ class Completion:
     """Tokens of the prompt whose keys and values were copied from a text before or beside it instead of computed."""
 
 
-@dataclass(frozen=True)
-class TokenLog:
+class TokenLog(NamedTuple):
     """A sampled token, its log-probability as in `Completion.logprobs`, and the alternatives that were asked for."""
 
     id: int
@@ -76,8 +75,7 @@ class TokenLog:
     alternatives: Alternatives = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a streamed text. A control token (`control`) comes alone, spelled; `token` is its id.
 
     `tokens` are the sampled tokens whose last character this piece shows; a character of several tokens comes with all
@@ -109,7 +107,12 @@ class Watch:
             self.flush(sampled)
             self._pieces.append(Piece(self._names[token], sampled, True, token, () if log is None else (log,)))
             return False
-        self._held += self._decoder.push(token)
+        text = self._decoder.push(token)
+        if text and not (self._stops or self._held or self._logs):  # the usual case, at once
+            self.text += text
+            self._pieces.append(Piece(text, sampled, tokens=() if log is None else (log,)))
+            return False
+        self._held += text
         if log is not None:
             self._logs.append((len(self.text) + len(self._held), log))
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0] if sampled else []

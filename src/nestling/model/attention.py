@@ -97,7 +97,7 @@ def attend(
             return mixed
         mask = _dense(mask, len(q), q.device)  # the compiler gave up: without it flex attention writes all scores down
     if not explicit_pays(q.device, k.shape[-2]):
-        return _fused(q.to(k.dtype), k, v, mask, dropout)
+        return fused(q.to(k.dtype), k, v, mask, dropout)
     mask = causal_mask(q.shape[2], q.device) if mask is None else mask
     if not aligned:
         return _explicit(q, k, v, mask, dropout)
@@ -133,10 +133,11 @@ def flex_pays(config: DecoderConfig, device: torch.device, keys: int) -> bool:
     return device.type == "cuda" and keys >= TILE and able
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Torch's kernel. On a GPU none of its fast forms takes a mask and groups: there keys are copied per head."""
+def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Torch's kernel. On a GPU its only fast form that knows groups takes no mask, no float32, and float16 on new ones
+    alone: there keys are copied per head."""
     copies = q.shape[1] // k.shape[1]
-    if mask is not None and copies > 1 and q.device.type == "cuda":
+    if copies > 1 and q.device.type == "cuda" and (mask is not None or k.dtype != torch.bfloat16):
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)
     bias = None if mask is None else mask.to(k.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias, dropout, mask is None, enable_gqa=True)

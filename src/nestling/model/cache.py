@@ -22,6 +22,8 @@ class CacheStep:
     cache: KVCache
     rows: Tensor
     """[B] cache rows, long."""
+    rows_on_host: Tensor
+    """The same there, where lengths are counted: no GPU is waited for."""
     row_slice: slice | None
     """The same rows where they are consecutive: reading is then a view instead of a copy."""
     counts: Tensor
@@ -39,8 +41,7 @@ class CacheStep:
 
     def commit(self) -> None:
         """Count the new tokens as present; called when all layers have stored theirs."""
-        rows = self.rows.cpu()
-        self.cache.lengths[rows] = self.cache.lengths[rows] + self.counts
+        self.cache.lengths[self.rows_on_host] += self.counts
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class KVCache:
             slots = positions.where(positions < grown.unsqueeze(1), self.capacity)
             positions = positions.clamp_max(self.capacity - 1)
         to = self.device
-        return CacheStep(self, rows.to(to), row_slice, counts, positions.to(to), slots.to(to), span)
+        return CacheStep(self, rows.to(to), rows, row_slice, counts, positions.to(to), slots.to(to), span)
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget the texts of `rows` [n] (all when not given)."""

@@ -121,7 +121,7 @@ class Driver:
             return
         self._stopping.set()
         self._deadline = time.monotonic() + seconds
-        self._orders.put(_nothing)
+        self._orders.put(lambda: None)  # only wakes the thread
         await asyncio.to_thread(self._thread.join)
 
     async def submit(self, request: Request, *, whole: bool = False) -> Stream:
@@ -230,8 +230,7 @@ class Driver:
                 stream.begun = True
                 news.append((stream, pieces, running.completion))
             self._beginning |= not stream.begun
-        if is_due:
-            self._next_flush = now + self.flush_seconds
+        self._next_flush = now + self.flush_seconds if is_due else self._next_flush
         if news:
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, news)
@@ -261,10 +260,6 @@ def _settle(answer: asyncio.Future[Any], result: Any, error: UserError | ApiErro
         answer.set_exception(error)
     else:
         answer.set_result(result)
-
-
-def _nothing() -> None:
-    """An order that only wakes the thread."""
 
 
 def _stopped() -> ApiError:

@@ -215,7 +215,7 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int], *, control: bool = False) -> bytes:
         """The bytes that ids stand for. Control tokens are left out, or spelled when `control` is true."""
         if not control:
-            return b"".join(self._bytes[number] for number in ids)
+            return b"".join([self._bytes[number] for number in ids])
         return b"".join(self._control.get(number, "").encode() or self._bytes[number] for number in ids)
 
     def decode(self, ids: Iterable[int], *, control: bool = False, begins: bool = True) -> str:

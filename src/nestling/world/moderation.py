@@ -20,7 +20,9 @@ from nestling.world.streams import Stream
 
 ORDINARY = 0.2  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
-SURROUNDED = 0.3  # share of texts that stand among ordinary sentences
+SURROUNDED = 0.45  # share of texts that stand among ordinary ones: harm is to be found in a long talk, too
+OTHERS, LONGEST = 20, 760  # ordinary texts around one, at most, and characters of all: a window of 254 tokens holds them
+CUT = 0.3  # share of surroundings that begin and end anywhere, as windows and parts of a reply do
 HURRIED, PLAIN = 0.3, 0.15  # shares with short forms ("I'll"), and without capitals and a full stop
 CLOSINGS = ("thanks", "goodbye")  # said in talks of several turns only
 _SLOT = re.compile(r"\{(\w+)[^}]*\}")
@@ -38,7 +40,8 @@ def labelled(facts: Facts, seed: int, count: int, split: str) -> Iterator[Labell
         stream = Stream(seed, "moderation", split, place)
         if stream.chance(ORDINARY):
             text = _ordinary(facts, stream, split)
-            yield Labelled(text=_typed(facts, stream, text), labels=(), meta={"kind": "ordinary", "group": text})
+            said = _typed(facts, stream, _surrounded(facts, stream, split, text))
+            yield Labelled(text=said, labels=(), meta={"kind": "ordinary", "group": text})
         else:
             yield _flagged_or_alike(facts, stream, split)
 
@@ -101,11 +104,18 @@ def held_out(lang: Language, kind: str) -> re.Pattern[str]:
 
 
 def _surrounded(facts: Facts, stream: Stream, split: str, text: str) -> str:
-    """The text, sometimes with a sentence about the world before or after it."""
+    """The text, sometimes with ordinary ones before and after it: often few, as many as there is room for now and then."""
     if not stream.chance(SURROUNDED):
         return text
-    other = turns.fact(facts, stream, split).answer
-    return f"{other} {text}" if stream.chance(0.5) else f"{text} {other}"
+    others: list[str] = []
+    count, room = int(OTHERS ** stream.random()), LONGEST - len(text)
+    while len(others) < count and (room := room - len(other := _ordinary(facts, stream, split)) - 1) >= 0:
+        others.append(other)
+    place, joint = stream.number(0, len(others)), stream.pick((" ", " ", " ", "\n"))
+    before, after = joint.join(others[:place]), joint.join(others[place:])
+    if stream.chance(CUT):
+        before, after = before[stream.number(0, len(before)) :], after[: stream.number(0, len(after))]
+    return joint.join(part.strip() for part in (before, text, after) if part.strip())
 
 
 def _typed(facts: Facts, stream: Stream, text: str) -> str:
