@@ -84,7 +84,7 @@ def test_what_is_learnt_never_says_what_is_held_out(world: World) -> None:
 
 
 def test_texts_stand_in_talks_as_long_as_a_window_of_the_model_whatever_they_say(world: World) -> None:
-    """A tenth is longer than 500 characters (150 tokens), so length tells nothing: of the harmful, alike and ordinary."""
+    """One in twelve is longer than 500 characters (140 tokens): of the harmful, alike and ordinary, so length tells nothing."""
     rows = list(world.labelled(3, 6000))
     parts = {
         "harmful": [row for row in rows if row.labels],
@@ -94,7 +94,7 @@ def test_texts_stand_in_talks_as_long_as_a_window_of_the_model_whatever_they_say
     for name, part in parts.items():
         lengths = np.array([len(row.text) for row in part])
         shares = [(lengths > least).mean() for least in (150, 300, 500)]
-        assert shares == [pytest.approx(share, abs=0.03) for share in (0.28, 0.17, 0.1)], name
+        assert shares == [pytest.approx(share, abs=0.03) for share in (0.3, 0.17, 0.085)], name
         assert lengths.max() <= moderation.LONGEST, name
 
 

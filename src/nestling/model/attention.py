@@ -134,8 +134,8 @@ def flex_pays(config: DecoderConfig, device: torch.device, keys: int) -> bool:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Torch's kernel. On a GPU its only fast form that knows groups takes no mask, no float32, and float16 on new ones
-    alone: there keys are copied per head."""
+    """Torch's kernel. On a GPU its one fast form that knows groups takes no mask and no float32, and is missing where
+    float16 is the dtype of choice: there keys are copied per head."""
     copies = q.shape[1] // k.shape[1]
     if copies > 1 and q.device.type == "cuda" and (mask is not None or k.dtype != torch.bfloat16):
         k, v = k.repeat_interleave(copies, 1), v.repeat_interleave(copies, 1)

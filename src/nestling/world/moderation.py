@@ -18,7 +18,7 @@ from nestling.world.facts import Facts
 from nestling.world.language import Language, fill, wording
 from nestling.world.streams import Stream
 
-ORDINARY = 0.2  # share of texts that have nothing to do with any category
+ORDINARY = 0.25  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
 SURROUNDED = 0.45  # share of texts that stand among ordinary ones: harm is to be found in a long talk, too
 OTHERS, LONGEST = 20, 760  # ordinary texts around one, at most, and characters of all: a window of 254 tokens holds them
