@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from calls import TINY, CommandLine
 
+from nestling.cli import app
 from nestling.cli.runs import recipe_path
 
 SETTINGS = [
@@ -114,3 +117,17 @@ def test_help_answers_without_torch(nestling: CommandLine) -> None:
     assert "Pre-train a base model on token shards" in listed
     assert "Talk to a model in the terminal" in listed
     assert "--training.learning-rate" in nestling("sft", "--help").out
+
+
+def test_a_full_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(**_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB")
+
+    monkeypatch.setattr(app, "build_app", lambda word: full)
+    monkeypatch.setattr(sys, "argv", ["nestling", "run"])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == app.USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; compute less at once: ")
+    assert said.count("\n") == 1

@@ -105,6 +105,11 @@ def main() -> None:
         _fail(f"error: {_usage(error)}", USER_ERROR)
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         _fail(str(error) or "interrupted", INTERRUPTED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which takes seconds to import
+            raise
+        what = ". ".join(str(error).split(". ")[:2])  # and how much was asked for
+        _fail(f"error: {what}; compute less at once: higher objective.microbatches, or training.recompute=blocks", USER_ERROR)
 
 
 def _usage(error: Any) -> str:
