@@ -32,6 +32,10 @@ class Watchful(Moderator):
         found = ["Bother" in text for text in texts]
         return [Verdict(bad, {"hate": bad}, {"hate": float(bad)}) for bad in found]
 
+    def recent(self, text, new):
+        """It reads any text whole."""
+        return text
+
 
 def talk(client: httpx.Client, content: str, report: str | None) -> None:
     """A conversation of one message and its reply; the message may be reported."""

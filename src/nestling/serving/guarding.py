@@ -65,11 +65,12 @@ class Guard:
             ApiError: one of them is flagged.
         """
         verdicts = await self._on(texts)
-        for text, verdict in verdicts.items():
-            if verdict.flagged or text == texts[-1]:
+        flagged = [text for text, verdict in verdicts.items() if verdict.flagged]
+        for text, verdict in verdicts.items():  # of a text and what it is joined to only the text itself
+            if (verdict.flagged or text == texts[-1]) and not any(one in text for one in flagged if one != text):
                 await self._note(text, verdict, "input", key)
-        if flagged := _over(verdicts.values()):
-            what = f"the request was not answered: a text in it is judged to be {flagged}"
+        if flagged:
+            what = f"the request was not answered: a text in it is judged to be {_over(verdicts.values())}"
             raise ApiError(what, code="content_policy_violation", param=param)
 
     async def flags(self, reply: Growing, new: str, key: str) -> str:

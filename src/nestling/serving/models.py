@@ -135,8 +135,7 @@ def open_models(
     Raises:
         UserError: no model there, one that scores instead of writing, or two of one name.
     """
-    named = [named_folder(path) for path in paths]
-    return Models([open_served(name, folder, settings, device, toolbox) for name, folder in named])
+    return Models([open_served(name, folder, settings, device, toolbox) for name, folder in map(named_folder, paths)])
 
 
 def open_served(
