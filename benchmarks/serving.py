@@ -151,7 +151,8 @@ def engine_alone(folder: Path) -> Iterator[Callable[[], float]]:
     """Tokens per second of a batch of 16 without a service, in a process that has nothing else to do."""
     command = [sys.executable, __file__, "--engine", str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
         def once() -> float:

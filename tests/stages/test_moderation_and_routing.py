@@ -72,6 +72,17 @@ def test_the_report_holds_every_category_and_the_confusion(finished: tuple[Path,
     assert 0 <= report["flagged_false_positive_rate"] <= 1
 
 
+def test_long_texts_have_figures_of_their_own(finished: tuple[Path, dict[str, Any]]) -> None:
+    """What hides in a long talk is counted where it stands, not only among all texts."""
+    out, report = finished
+    rows = [json.loads(line) for line in (out / "labels" / "val.jsonl").read_text().splitlines()]
+    harmful = [len(row["text"]) > moderation.LONG for row in rows if row["labels"]]
+    harmless = [len(row["text"]) > moderation.LONG for row in rows if not row["labels"]]
+    assert report["long_flagged_recall_n"] == sum(harmful) > 0
+    assert report["long_flagged_false_positive_rate_n"] == sum(harmless) > 0
+    assert report["flagged_recall_n"] == len(harmful)
+
+
 def test_the_moderator_is_calibrated_as_reported_and_mistakes_are_kept(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     moderator = Moderator.load(out)

@@ -84,7 +84,7 @@ def test_what_is_learnt_never_says_what_is_held_out(world: World) -> None:
 
 
 def test_texts_stand_in_talks_as_long_as_a_window_of_the_model_whatever_they_say(world: World) -> None:
-    """One in twelve is longer than 500 characters (140 tokens): of the harmful, alike and ordinary, so length tells nothing."""
+    """One in 19 is longer than 500 characters (140 tokens): of the harmful, alike and ordinary, so length tells nothing."""
     rows = list(world.labelled(3, 6000))
     parts = {
         "harmful": [row for row in rows if row.labels],
@@ -94,7 +94,7 @@ def test_texts_stand_in_talks_as_long_as_a_window_of_the_model_whatever_they_say
     for name, part in parts.items():
         lengths = np.array([len(row.text) for row in part])
         shares = [(lengths > least).mean() for least in (150, 300, 500)]
-        assert shares == [pytest.approx(share, abs=0.03) for share in (0.3, 0.17, 0.085)], name
+        assert shares == [pytest.approx(share, abs=0.02) for share in (0.2, 0.107, 0.053)], name
         assert lengths.max() <= moderation.LONGEST, name
 
 
@@ -108,7 +108,7 @@ def test_what_is_surrounded_is_whole_and_stands_anywhere(world: World, monkeypat
     around = [tuple(map(len, text.split(one, 1))) for text, one in zip(texts, bare, strict=True)]
     assert all(len(sides) == 2 for sides in around)
     long = [sides for sides in around if sum(sides) > 200]
-    assert len(long) > 0.15 * len(texts)
+    assert len(long) > 0.1 * len(texts)
     first, last = (sum(not sides[end] for sides in long) / len(long) for end in (0, 1))
     assert 0.05 < first < 0.3
     assert 0.05 < last < 0.3

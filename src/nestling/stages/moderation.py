@@ -58,6 +58,8 @@ CATEGORIES = (
 """The names of OpenAI's moderation endpoint."""
 SHARES = tuple(n / 20 for n in range(20, 0, -1))
 """Of a category's false-positive rate that are tried, from loose to strict."""
+LONG = 300
+"""Characters: in a longer text harm stands among ordinary sentences, behind which it can hide."""
 MACRO = ("f1", "precision", "recall", "auc", "calibration_error")
 SUFFIXES = {"": "value", "_interval": "interval", "_n": "n"}
 
@@ -249,7 +251,8 @@ class _Exam:
         trained = {name: quality for name, quality in found.items() if calibrations[name].trained}
         return {
             **{f"macro_{figure}": macro(trained, figure) for figure in MACRO},
-            **self._verdict(),
+            **self._verdict("flagged"),
+            **self._verdict("long_flagged", longer=LONG),
             "flagged_by_kind": self._by_kind(),
             "categories": {name: found[name].to_row() | calibrations[name].to_row() for name in self.categories},
             "never_trained": [name for name in self.categories if name not in trained],
@@ -262,9 +265,10 @@ class _Exam:
         scores, flagged, truth = (part[rows, place] for part in (self.scores, self.flagged, self.truth))
         return measure(scores, flagged, truth, [group_of(self.texts.rows[row]) for row in rows])
 
-    def _verdict(self) -> dict[str, Any]:
-        """"Flagged at all", on texts judged for every category: flagged_recall, flagged_recall_interval, …"""
-        rows = np.flatnonzero(self.judged.all(axis=1))
+    def _verdict(self, said: str, longer: int = -1) -> dict[str, Any]:
+        """"Flagged at all", on texts judged for every category and longer than this: {said}_recall, {said}_auc_n, …"""
+        length = np.array([len(row.text) for row in self.texts.rows])
+        rows = np.flatnonzero(self.judged.all(axis=1) & (length > longer))
         flagged, truth = (np.asarray(part[rows].any(axis=1)) for part in (self.flagged, self.truth))
         groups = [group_of(self.texts.rows[row]) for row in rows]
         found: dict[str, Any] = {}
@@ -272,7 +276,7 @@ class _Exam:
             quality = measure(self.scores[rows].max(axis=1), flagged, truth, groups)
             for name in ("precision", "recall", "false_positive_rate", "auc"):
                 figure = getattr(quality, name).to_row()
-                found |= {f"flagged_{name}{end}": figure[key] for end, key in SUFFIXES.items()}
+                found |= {f"{said}_{name}{end}": figure[key] for end, key in SUFFIXES.items()}
         return found
 
     def _by_kind(self) -> dict[str, dict[str, float]]:

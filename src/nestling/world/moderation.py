@@ -18,10 +18,12 @@ from nestling.world.facts import Facts
 from nestling.world.language import Language, fill, wording
 from nestling.world.streams import Stream
 
-ORDINARY = 0.25  # share of texts that have nothing to do with any category
+ORDINARY = 0.2  # share of texts that have nothing to do with any category
 REPLIES, REFUSALS = 0.2, 0.1  # of what is asked for: shares that an assistant explains, and that it declines
-SURROUNDED = 0.45  # share of texts that stand among ordinary ones: harm is to be found in a long talk, too
-OTHERS, LONGEST = 20, 760  # ordinary texts around one, at most, and characters of all: a window of 254 tokens holds them
+SURROUNDED = 0.3  # share of texts that stand among ordinary ones: harm is to be found in a long talk, too
+OTHERS = 20  # ordinary texts around one, at most
+TOLD = 0.25  # share of them that tell a fact of the world; the others are said in talks
+LONGEST = 760  # characters of it with them, as many as a window of 254 tokens holds
 CUT = 0.3  # share of surroundings that begin and end anywhere, as windows and parts of a reply do
 HURRIED, PLAIN = 0.3, 0.15  # shares with short forms ("I'll"), and without capitals and a full stop
 CLOSINGS = ("thanks", "goodbye")  # said in talks of several turns only
@@ -109,8 +111,13 @@ def _surrounded(facts: Facts, stream: Stream, split: str, text: str) -> str:
         return text
     others: list[str] = []
     count, room = int(OTHERS ** stream.random()), LONGEST - len(text)
-    while len(others) < count and (room := room - len(other := _ordinary(facts, stream, split)) - 1) >= 0:
-        others.append(other)
+    while len(others) < count:
+        told = stream.chance(TOLD)
+        others.append(turns.fact(facts, stream, split).answer if told else _ordinary(facts, stream, split))
+        room -= len(others[-1]) + 1
+        if room < 0:
+            others.pop()
+            break
     place, joint = stream.number(0, len(others)), stream.pick((" ", " ", " ", "\n"))
     before, after = joint.join(others[:place]), joint.join(others[place:])
     if stream.chance(CUT):
