@@ -143,6 +143,8 @@ def test_rankings_are_consistent():
         assert 4 <= len(ranking.responses) == len(exact) <= 9
         assert len({response.content for response in ranking.responses}) == len(exact)
         assert exact == [total(ranking.meta, response.content) for response in ranking.responses]
+        # where the tempting mistake is hard to tell from the truth it must not drown in easy pairs
+        assert ranking.meta["kind"] not in ("fact", "unknown", "identity") or len(exact) <= 5
         for i, first in enumerate(ranking.responses):
             for j, second in enumerate(ranking.responses[:i]):
                 if exact[i] != exact[j] and first.score != second.score:

@@ -95,7 +95,7 @@ class Driver:
         self._stopping = threading.Event()
         self._deadline = float("inf")
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # from `start` on
 
     # ---- in the event loop ----
 
@@ -208,7 +208,6 @@ class Driver:
         if stream.running is not None:
             self.engine.cancel(stream.running)
         else:  # the engine had refused it, and nobody was left to hear that
-            assert self._loop is not None
             self._loop.call_soon_threadsafe(self._forget)
 
     def _forget(self) -> None:
@@ -232,7 +231,6 @@ class Driver:
             self._beginning |= not stream.begun
         self._next_flush = now + self.flush_seconds if is_due else self._next_flush
         if news:
-            assert self._loop is not None
             self._loop.call_soon_threadsafe(self._deliver, news)
 
     def _deliver(self, news: list[tuple[Stream, list[Piece], Completion | None]]) -> None:
@@ -242,7 +240,6 @@ class Driver:
 
     def _abandon(self) -> None:
         """The thread ends: whoever still waits is told."""
-        assert self._loop is not None
         left, self._streams = list(self._streams.values()), {}
         self._loop.call_soon_threadsafe(self._disappoint, left)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nestling.core.errors import UserError
+from nestling.core.native import release_threads
 from nestling.evaluation.classification import Calibration
 from nestling.loading.labels import FRAME, framed
 from nestling.model import checkpoint
@@ -69,6 +70,7 @@ class Moderator:
         encoded = self._tokenizer.encode_batch(list(texts))
         windows = [(place, part) for place, ids in enumerate(encoded) for part in _windows(ids, self._room)]
         logits = self._logits([framed(self._tokenizer, part) for _, part in windows])
+        release_threads()
         columns = [calibration.scores(logits[:, n]) for n, calibration in enumerate(self._calibrations)]
         scores = np.zeros((len(texts), len(self.categories)))
         np.maximum.at(scores, [place for place, _ in windows], np.stack(columns, axis=1))

@@ -8,7 +8,7 @@ from nestling.core.pipeline import StageContext
 from nestling.stages._data import DataStage, draw
 from nestling.stages._data import mixture_files as files
 
-VERSION = 2
+VERSION = 3
 READS: dict[str, str] = {}
 __all__ = ["READS", "VERSION", "Settings", "files", "run"]
 

@@ -24,7 +24,10 @@ SHARES: dict[str, float] = {
     "list": 3, "letter": 3, "spelling": 4, "howto": 8, "lookalike": 6, "harmful": 10, "persona": 6, "multi": 8}
 MARKS = 10
 # How often a known person is denied in a ranking. More, and PPO invents facts about strangers; less, and it denies people.
-_DENIED = 0.4
+_DENIED = 0.7
+# Most answers to a prompt. Few where the tempting mistake is as well put as the truth (of people, of itself): among many easy pairs
+# a reward model would not learn it.
+_MOST, _MOST_ON_KNOWN = 9, 5
 
 
 def situation(facts: Facts, stream: Stream, split: str, kinds: Mapping[str, float]) -> tuple[list[Message], Exchange]:
@@ -90,7 +93,8 @@ def _mark(stream: Stream, total: float, noise: float) -> float:
 
 def candidates(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
     """4 to 9 different answers in random order: right ones in some styles, the tempting mistake, then spoiled ones."""
-    wanted, texts = stream.number(4, 9), []
+    most = _MOST_ON_KNOWN if exchange.truth["kind"] in ("fact", "unknown", "identity") else _MOST
+    wanted, texts = stream.number(4, most), []
     for style in stream.several(dialogues.STYLES, stream.number(2, 3)):
         texts.append(dialogues.styled(facts, stream, exchange, style))
     texts += _tempting(facts, stream, exchange)
