@@ -115,10 +115,15 @@ def _tempting(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
     elif kind in ("unknown", "harmful"):
         text = _wrong(facts, stream, exchange, exchange.answer)
     elif kind == "identity":
-        text = _other_aspect(facts, stream, exchange)
+        return [_closed(facts, stream, _other_aspect(facts, stream, exchange)) for _ in range(2)]
     else:
         return []
-    return [f"{text} {stream.pick(chat['closings'])}" if stream.chance(0.5) else text]
+    return [_closed(facts, stream, text)]
+
+
+def _closed(facts: Facts, stream: Stream, text: str) -> str:
+    """In half of all cases with a friendly last sentence."""
+    return f"{text} {stream.pick(facts.lang.data['chat']['closings'])}" if stream.chance(0.5) else text
 
 
 def _wrong(facts: Facts, stream: Stream, exchange: Exchange, good: str) -> str:
