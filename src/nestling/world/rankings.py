@@ -92,7 +92,7 @@ def _mark(stream: Stream, total: float, noise: float) -> float:
 
 
 def candidates(facts: Facts, stream: Stream, exchange: Exchange) -> list[str]:
-    """4 to 9 different answers in random order: right ones in some styles, the tempting mistake, then spoiled ones."""
+    """4 to 9 (or 5) different answers in random order: right ones in some styles, tempting mistakes, then spoiled ones."""
     most = _MOST_ON_KNOWN if exchange.truth["kind"] in ("fact", "unknown", "identity") else _MOST
     wanted, texts = stream.number(4, most), []
     for style in stream.several(dialogues.STYLES, stream.number(2, 3)):
