@@ -14,6 +14,7 @@ from taught import Service, running, say, teach
 
 from nestling.core.types import ToolCall
 from nestling.generation.engine import Engine
+from nestling.generation.sequence import Running
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import Decoder, build
 from nestling.serving.app import create_app
@@ -119,8 +120,8 @@ def unhurried(monkeypatch):
     """An engine that takes its time, so that a client on a busy machine still sees a stream piece by piece."""
     step = Engine.step
 
-    def slowly(engine) -> None:
+    def slowly(engine) -> list[Running]:
         time.sleep(0.02)
-        step(engine)
+        return step(engine)
 
     monkeypatch.setattr(Engine, "step", slowly)

@@ -8,6 +8,7 @@ import time
 import httpx
 import openai
 import pytest
+from waiting import until, wait_until
 
 from nestling.generation.engine import Engine
 from nestling.generation.sampling import Sampling
@@ -46,14 +47,7 @@ def test_64_streams_equal_one_after_the_other(service):
     together, alone = asyncio.run(both())
     assert [text for text, _ in together] == [text for text, _ in alone]
     assert all(text for text, _ in together)
-    assert service.driver.load == 0
-
-
-def wait_until(condition, seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
+    assert wait_until(lambda: service.driver.load == 0)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -158,20 +152,18 @@ def test_a_cancelled_stream_is_gone_within_a_step(driver, tokenizer):
 def test_a_task_cancelled_while_it_submits_leaves_nothing(driver, tokenizer, prompt):
     """The order may already lie in the queue: it is undone, and not counted where the engine has refused it."""
 
-    async def load_after() -> int:
+    async def is_free_after() -> bool:
         driver.start()
         task = asyncio.create_task(driver.submit(Request(tokenizer.encode(prompt), endless(tokenizer).sampling)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        end = time.monotonic() + 5
-        while driver.load and time.monotonic() < end:
-            await asyncio.sleep(0.005)
+        free = await until(lambda: driver.load == 0)
         await driver.stop()
-        return driver.load
+        return free
 
-    assert asyncio.run(load_after()) == 0
+    assert asyncio.run(is_free_after())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -8,6 +8,7 @@ from itertools import pairwise
 import httpx
 import openai
 import pytest
+from waiting import wait_until
 
 from nestling.serving.guarding import PART, Guard, Watched
 from nestling.serving.moderation import Moderator, Verdict
@@ -70,7 +71,7 @@ def test_a_flagged_reply_is_cut_off(serve, store, stream):
     else:
         text, finish = told.choices[0].message.content, told.choices[0].finish_reason
     assert (text, finish) == ("", "content_filter")
-    assert service.driver.load == 0
+    assert wait_until(lambda: service.driver.load == 0)
     assert store.moderation.judged()[0][1].direction == "output"
 
 
@@ -176,7 +177,7 @@ def test_every_text_of_a_chat_is_judged(serve, name):
         with pytest.raises(openai.BadRequestError, match="violence") as caught:
             service.client().chat.completions.create(model="tiny", messages=CHATS[name], stream=stream)
         assert (caught.value.code, caught.value.param) == ("content_policy_violation", "messages")
-    assert service.driver.load == 0
+    assert wait_until(lambda: service.driver.load == 0)
 
 
 @pytest.mark.parametrize("name", RESPONSES)
@@ -246,7 +247,7 @@ def test_a_flagged_completion_is_cut_off(serve, store, stream):
     assert (texts[0], finishes[0]) == ("", "content_filter")
     assert texts[1]
     assert finishes[1] in ("stop", "length")
-    assert service.driver.load == 0
+    assert wait_until(lambda: service.driver.load == 0)
     [(text, verdict)] = store.moderation.judged()
     assert "seven" in text
     assert verdict.direction == "output"

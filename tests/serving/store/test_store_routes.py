@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 from sqlalchemy.exc import IntegrityError
 from starlette.testclient import TestClient
+from waiting import until
 
 from nestling.generation.engine import Engine
 from nestling.model.config import DecoderConfig
@@ -280,7 +281,7 @@ def test_what_was_written_before_a_stop_is_kept(tokenizer, kept):
                  "query_string": b"", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http"}  # fmt: skip
         async with app.router.lifespan_context(app):
             await app(scope, receive, send)
-            assert not app.state.models.get("small").driver.load
+            assert await until(lambda: app.state.models.get("small").driver.load == 0)
 
     asyncio.run(vanish())
     message = view.conversations.messages(id)[-1]
