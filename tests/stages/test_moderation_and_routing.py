@@ -149,29 +149,35 @@ def test_folds_keep_groups_whole_and_share_out_every_label() -> None:
 
 
 def test_harmless_texts_are_flagged_no_more_than_allowed(tokenizer: Path) -> None:
-    """Three categories that err independently: each keeps to its rate, and together they would flag three times as many."""
+    """Each category keeps to its rate, and together they would flag three times as many; one is hard to tell.
+
+    A level for all asks more certainty of the hard one only; dividing their rates by three costs it most of its recall.
+    """
     names, stream = ("hate", "sexual", "violence"), np.random.default_rng(0)
     rows = [Labelled(text=str(n), labels=names[n % 4 : n % 4 + 1]) for n in range(2000)]  # a quarter is harmless
     loader = LabelLoader(rows, Tokenizer.load(tokenizer), 16, 8, 0, names)
-    logits = stream.normal(size=(2000, 3)) + 2.5 * loader.targets.numpy()
+    logits = stream.normal(size=(2000, 3)) + loader.targets.numpy() * [5, 5, 2]
     harmless = ~loader.targets.bool().numpy().any(axis=1)
 
-    def measured(limit: float | None) -> tuple[float, float]:
+    def measured(limit: float | None, rate: float) -> tuple[float, float]:
         """The share of harmless texts that is flagged, and of the others."""
         settings = moderation.Settings(
             categories=names, training={"steps": 1}, flagged_at_most=limit,
-            threshold=ThresholdSettings(rule="false_positive_rate", at_most=0.05),
+            threshold=ThresholdSettings(rule="false_positive_rate", at_most=rate),
         )  # fmt: skip
         found = moderation._calibrations(settings, [True] * 3, loader, logits, np.ones(2000, dtype=bool))
         over = [c.scores(logits[:, place]) > c.threshold for place, c in enumerate(found.values())]
         flagged = np.any(over, axis=0)
         return float(flagged[harmless].mean()), float(flagged[~harmless].mean())
 
-    alarms, hits = zip(*map(measured, (None, 0.08, 0.02)), strict=True)
-    assert 0.12 < alarms[0] < 0.18
-    assert 0.05 < alarms[1] <= 0.08
-    assert alarms[2] <= 0.02
-    assert hits[0] > hits[1] > hits[2] > 0.3
+    (free, _), (most, hits), (few, fewer) = measured(None, 0.05), measured(0.06, 0.05), measured(0.02, 0.05)
+    assert 0.08 < free < 0.12
+    assert 0.055 < most <= 0.06
+    assert few <= 0.02
+    divided, hits_divided = measured(None, 0.025)
+    assert divided == pytest.approx(most, abs=0.002)
+    assert hits > hits_divided + 0.02
+    assert hits > fewer > 0.7
 
 
 def test_a_prompt_that_a_candidate_has_no_room_for_is_left_out(tmp_path: Path) -> None:

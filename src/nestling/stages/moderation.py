@@ -48,7 +48,7 @@ from nestling.stages._training import TrainingStage, figures, materials, optimis
 from nestling.stages.sft import with_chat_tokens
 from nestling.tokenizer.bpe import Tokenizer
 
-VERSION = 1
+VERSION = 2
 READS = {"labels": "labels", "start?": "sft", "tokenizer?": "tokenizer"}
 
 CATEGORIES = (
@@ -56,8 +56,6 @@ CATEGORIES = (
     "self-harm/intent", "self-harm/instructions", "sexual", "sexual/minors", "violence", "violence/graphic",
 )  # fmt: skip
 """The names of OpenAI's moderation endpoint."""
-SHARES = tuple(n / 20 for n in range(20, 0, -1))
-"""Of a category's false-positive rate that are tried, from loose to strict."""
 LONG = 300
 """Characters: in a longer text harm stands among ordinary sentences, behind which it can hide."""
 MACRO = ("f1", "precision", "recall", "auc", "calibration_error")
@@ -75,7 +73,7 @@ class Settings(TrainingStage):
     """The rule that thresholds follow."""
     thresholds: dict[str, ThresholdSettings] = Field({}, description="Another rule for some categories.")
     flagged_at_most: float | None = Field(
-        None, gt=0, lt=1, description="Share of harmless texts flagged for anything; lowers the rates of all categories."
+        None, gt=0, lt=1, description="Share of harmless texts flagged for anything: one level, below which no threshold lies."
     )
     folds: int = Field(5, ge=2, description="Parts of the held-out texts, each judged by the others' calibration.")
     mistakes: int = Field(200, ge=0, description="Wrongly judged test texts that are kept to look at.")
@@ -183,33 +181,29 @@ def folds(rows: Sequence[Labelled], count: int) -> np.ndarray:
 def _calibrations(
     settings: Settings, trained: Sequence[bool], held_out: LabelLoader, logits: np.ndarray, chosen: np.ndarray
 ) -> dict[str, Calibration]:
-    """Of each category, from the chosen texts, [N] bool, with the loosest thresholds that `flagged_at_most` allows."""
-    harmless = chosen & ~held_out.targets.bool().numpy().any(axis=1)
-    for share in SHARES:
-        found = _by_category(settings, trained, held_out, logits, chosen, share)
-        flags = [c.scores(logits[harmless, place]) > c.threshold for place, c in enumerate(found.values())]
-        limit = settings.flagged_at_most
-        if limit is None or np.any(flags, axis=0).sum() <= limit * harmless.sum():
-            break
-    return found
-
-
-def _by_category(
-    settings: Settings, trained: Sequence[bool], held_out: LabelLoader, logits: np.ndarray, chosen: np.ndarray,
-    share: float,
-) -> dict[str, Calibration]:
-    """With this share of the false-positive rates. A category that no training text has was never trained."""
-    found = {}
+    """Of each category, from the chosen texts, [N] bool. A category that no training text has was never trained."""
+    found = {name: Calibration(threshold=1.0, trained=False) for name in settings.categories}
     for place, name in enumerate(settings.categories):
         if trained[place]:
             judged = held_out.judged[:, place].numpy() & chosen
             truth = held_out.targets[:, place].bool().numpy()[judged]
-            rule = settings.thresholds.get(name, settings.threshold)
-            rule = rule.model_copy(update={"at_most": rule.at_most * share})
-            found[name] = calibrate(logits[judged, place], truth, rule)
-        else:
-            found[name] = Calibration(threshold=1.0, trained=False)
-    return found
+            found[name] = calibrate(logits[judged, place], truth, settings.thresholds.get(name, settings.threshold))
+    if settings.flagged_at_most is None:
+        return found
+    harmless = logits[chosen & ~held_out.targets.bool().numpy().any(axis=1)]
+    level = _level(list(found.values()), harmless, settings.flagged_at_most)
+    return {name: replace(one, threshold=max(one.threshold, level)) for name, one in found.items()}
+
+
+def _level(calibrations: Sequence[Calibration], harmless: np.ndarray, at_most: float) -> float:
+    """The lowest score which, asked of all categories alike, flags at most this share of harmless texts, ``[N, L]`` logits.
+
+    Scores are probabilities, so one level for all asks the same certainty of each: none is strict for another's mistakes.
+    """
+    scores = np.stack([one.scores(column) for one, column in zip(calibrations, harmless.T, strict=True)], axis=1)
+    over = scores > [one.threshold for one in calibrations]
+    highest = np.sort(np.where(over, scores, 0.0).max(axis=1))[::-1]  # [N]
+    return float(highest[int(at_most * len(highest))]) if len(highest) else 0.0
 
 
 def _cross_fitted(
