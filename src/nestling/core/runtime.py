@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICES = ("cpu", "cuda", "mps")
+_FRESH = random.Random()  # seeded by the system once: asking it for each request lets other threads run first
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,16 @@ def torch_stream(seed: int, *names: str | int, device: str | torch.device = "cpu
 def python_stream(seed: int, *names: str | int) -> random.Random:
     """A `random.Random` for the named stream."""
     return random.Random(stream_seed(seed, *names))
+
+
+def fresh_name() -> str:
+    """24 hexadecimal digits that no other request has; no secret."""
+    return f"{_FRESH.getrandbits(96):024x}"
+
+
+def fresh_seed() -> int:
+    """For a request that gives none."""
+    return _FRESH.getrandbits(62)
 
 
 def data_root() -> Path:

@@ -101,6 +101,17 @@ class Watch:
         self.text = ""
         self._pieces: list[Piece] = []
 
+    def read(self, logs: Sequence[TokenLog]) -> bool:
+        """Add sampled tokens, as one piece where nothing has to be looked for; true when a stop text is now complete."""
+        ids = [log.id for log in logs]
+        busy = self._stops or self._held or self._logs
+        if busy or not self._names.keys().isdisjoint(ids) or not self._decoder.ends_whole(ids[-1]):
+            return any(self.push(log.id, log=log) for log in logs)
+        self._held = self._decoder.push(*ids)
+        self._logs.extend((len(self.text) + len(self._held), log) for log in logs)
+        self._release(len(self._held), True)
+        return False
+
     def push(self, token: int, sampled: bool = True, log: TokenLog | None = None) -> bool:
         """Add one token; true when a stop text is now complete (its text and what follows are not released)."""
         if token in self._names:
@@ -108,10 +119,6 @@ class Watch:
             self._pieces.append(Piece(self._names[token], sampled, True, token, () if log is None else (log,)))
             return False
         text = self._decoder.push(token)
-        if text and not (self._stops or self._held or self._logs):  # the usual case, at once
-            self.text += text
-            self._pieces.append(Piece(text, sampled, tokens=() if log is None else (log,)))
-            return False
         self._held += text
         if log is not None:
             self._logs.append((len(self.text) + len(self._held), log))
@@ -166,6 +173,7 @@ class Row:
 
     slot: int
     watch: Watch | None
+    read: int = 0  # tokens that the watch knows
     left: int = 0  # how many more tokens there may be
     cached: int = 0  # tokens of prompt + ids that the cache holds
     ids: list[int] = field(default_factory=list)
@@ -179,7 +187,7 @@ class Row:
 
     def fork(self, slot: int) -> Row:
         """A copy that lives in another cache row; rows that fork have no watch (see `Running`)."""
-        row = Row(slot, None, self.left)
+        row = Row(slot, None, left=self.left)
         row.cached, row.count, row.score, row.finish = self.cached, self.count, self.score, self.finish
         row.ids, row.sampled, row.logprobs = self.ids[:], self.sampled[:], self.logprobs[:]
         row.tops = self.tops[:]
@@ -219,7 +227,7 @@ class Running:
         """Make the rows; the caller gives them their slots."""
         watched = self.width == 1 and (stream or bool(self.stops))
         left = min(self.sampling.max_tokens, self.capacity - len(self.prompt))
-        self.rows = [Row(-1, self._new_watch() if watched else None, left) for _ in range(self.width)]
+        self.rows = [Row(-1, self._new_watch() if watched else None, left=left) for _ in range(self.width)]
         for row in self.rows:
             row.guide = self.guide and self.guide.copy()
 
@@ -246,7 +254,7 @@ class Running:
             row.finish = row.guide.push(token)
         if token in self.stop_ids:
             row.finish = "stop"
-        elif (row.watch is not None or self.stops) and self._completes_stop_text(row):
+        elif self.stops and self._completes_stop_text(row):
             row.finish = "stop"
             return
         if self.interject is not None and row.count < self.sampling.max_tokens:
@@ -269,12 +277,13 @@ class Running:
 
     def _result(self, row: Row, finish: Finish | None) -> tuple[Completion, list[Piece]]:
         """What a row holds, and the pieces of its text that were not taken yet."""
-        watch = row.watch or (self._read(row)[0] if self.width > 1 else None)
+        watch = row.watch or (self._new_watch() if self.width > 1 else None)
         pieces: list[Piece] = []
         if watch is None:
             stopped = bool(row.ids) and row.sampled[-1] and row.ids[-1] in self.stop_ids
             text = self.tokenizer.decode(row.ids[:-1] if stopped else row.ids, begins=self._begins)
         else:
+            self._read(row, watch)
             watch.flush()
             text, pieces = watch.text, watch.take()
         tops = [list(top) for top in row.tops]
@@ -283,14 +292,14 @@ class Running:
     def take_pieces(self) -> list[Piece]:
         """What became readable since the last call; only for requests submitted with `stream`."""
         for row in self.rows:
-            self._pieces += row.watch.take() if row.watch else []
+            if row.watch is not None:
+                self._read(row, row.watch)
+                self._pieces += row.watch.take()
         taken, self._pieces = self._pieces, []
         return taken
 
     def _completes_stop_text(self, row: Row) -> bool:
-        if row.watch is not None:
-            return row.watch.push(row.ids[-1], log=_log(row, len(row.ids) - 1))
-        return self._read(row)[1]
+        return self._read(row, row.watch or self._new_watch())
 
     def _interject(self, row: Row, interject: Interject) -> None:
         """Force the tokens that the request asks for now; they may revive a row that a stop token has just ended."""
@@ -301,11 +310,13 @@ class Running:
             row.finish = "length"
             return
         if row.watch is not None:
+            self._read(row, row.watch)
             if row.ids[-1] in self.stop_ids:
                 row.watch.push(row.ids[-1], log=_log(row, len(row.ids) - 1))
             row.watch.force(forced)
         row.finish = None
         row.ids += forced
+        row.read = len(row.ids)
         row.left = min(row.left, self.capacity - self.length(row))
         row.sampled += [False] * len(forced)
         row.logprobs += [0.0] * len(forced)
@@ -315,11 +326,14 @@ class Running:
     def _new_watch(self) -> Watch:
         return Watch(self.tokenizer, self.stops, self._begins)
 
-    def _read(self, row: Row) -> tuple[Watch, bool]:
-        """The text of a row from its beginning, and whether a stop text ends it."""
-        watch = self._new_watch()
-        ids = row.ids[:-1] if row.ids and row.ids[-1] in self.stop_ids else row.ids
-        return watch, any(watch.push(token, log=_log(row, place)) for place, token in enumerate(ids))
+    def _read(self, row: Row, watch: Watch) -> bool:
+        """Show a watch what it has not seen: a row's own the news, another all. Whether a stop text ends it now."""
+        first, end = row.read if watch is row.watch else 0, len(row.ids)
+        if row.ids and row.sampled[-1] and row.ids[-1] in self.stop_ids:
+            end -= 1
+        if watch is row.watch:
+            row.read = end
+        return first < end and watch.read([_log(row, place) for place in range(first, end)])
 
 
 def _log(row: Row, place: int) -> TokenLog:

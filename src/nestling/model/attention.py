@@ -167,9 +167,7 @@ def additive(visible: Tensor) -> Tensor:
     return torch.zeros((), device=visible.device).masked_fill(~visible, -torch.inf)
 
 
-def block_mask(
-    size: int, device: torch.device, segments: Tensor | None = None, window: int | None = None
-) -> BlockMask:
+def block_mask(size: int, device: torch.device, segments: Tensor | None = None, window: int | None = None) -> BlockMask:
     """Who sees whom among `size` tokens, as flex attention reads it: tiles to skip, to check and to take whole.
 
     Torch's own function looks at all T² pairs. Here the smallest and largest segment of each tile decide, which never

@@ -48,13 +48,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 WRITES, SCORES = "CAUSAL_LM", "SEQ_CLS"
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "lora_bias": False, "use_qalora": False}
 """Settings of PEFT that we compute only this way, as are those of `ABSENT`, which must not be there."""
-ABSENT = (
-    "layer_replication",
-    "alora_invocation_tokens",
-    "use_bdlora",
-    "kasa_config",
-    "velora_config",
-)
+ABSENT = ("layer_replication", "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config")
 WHOLE = ("score", "classifier", "embed_tokens", "wte", "lm_head")
 """What may be kept whole in an adapter."""
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from nestling.core.runtime import fresh_name
 from nestling.serving.models import Models
 
 LOG = "nestling.serving"
@@ -77,7 +77,7 @@ class Observer:
     def begin(self, scope: Scope) -> Record:
         """A record with the client's request id, or a fresh one."""
         given = Headers(scope=scope).get("x-request-id", "")
-        name = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        name = given if REQUEST_ID.fullmatch(given) else f"req_{fresh_name()}"
         return Record(name, scope["method"], scope["path"], time.perf_counter())
 
     def end(self, record: Record) -> None:

@@ -93,9 +93,7 @@ class Router:
         logits = features(prompts, len(self.weights) - 1) @ self.weights
         return _sigmoid(logits.astype(np.float64))
 
-    def choose(
-        self, messages: Sequence[Message], served: Sequence[str] | None = None, *, tools: bool = True
-    ) -> Choice:
+    def choose(self, messages: Sequence[Message], served: Sequence[str] | None = None, *, tools: bool = True) -> Choice:
         """Who should answer a conversation. `served` restricts the choice to models that are there.
 
         Args:

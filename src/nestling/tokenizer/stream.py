@@ -24,12 +24,16 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = begins and tokenizer.strips_first
 
-    def push(self, id: int) -> str:
-        """The text that became whole with this id; often "" inside a character of several tokens."""
-        text = self._decoder.decode(self._tokenizer.decode_bytes((id,)))
+    def push(self, *ids: int) -> str:
+        """The text that became whole with these ids; often "" inside a character of several tokens."""
+        text = self._decoder.decode(self._tokenizer.decode_bytes(ids))
         if self._at_start and text:
             self._at_start, text = False, text.removeprefix(" ")
         return text
+
+    def ends_whole(self, id: int) -> bool:
+        """Whether nothing is left over behind this id, whatever came before: its last byte is a character."""
+        return b"" < self._tokenizer.decode_bytes((id,))[-1:] < b"\x80"
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character cut off in the middle, else ""."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from nestling.core.runtime import fresh_name, fresh_seed
 from nestling.serving.answering import Answer, Question, begin_all, choices
 from nestling.serving.choosing import choose
 from nestling.serving.errors import ApiError
@@ -44,7 +44,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     record.model, record.prompt_tokens = served.name, len(answers[0].prompt)
     record.text = {"messages": [message.to_row() for message in question.messages]}
     writer = ChatWriter(
-        f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint, tokenizer=served.tokenizer,
+        f"chatcmpl-{fresh_name()}", int(time.time()), served.name, served.fingerprint, tokenizer=served.tokenizer,
         logprobs=bool(body.logprobs), include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
     if body.stream:
@@ -60,7 +60,7 @@ def _question(served: Served, settings: ServeSettings, body: ChatRequest) -> Que
     )  # fmt: skip
     return Question(
         tuple(to_messages(body.messages, served.tokenizer)), sampling,
-        seed=secrets.randbits(62) if body.seed is None else body.seed, effort=body.reasoning_effort,
+        seed=fresh_seed() if body.seed is None else body.seed, effort=body.reasoning_effort,
         offer=offer(body.tools, body.tool_choice, served.toolbox.names, body.parallel_tool_calls is not False),
         rounds=settings.tool_rounds, tool_seconds=settings.tool_seconds, opens_thought=settings.opens_thought,
         form=FORM if constraint else "",

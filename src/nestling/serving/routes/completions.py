@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -12,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from nestling.core.runtime import stream_seed
+from nestling.core.runtime import fresh_name, fresh_seed, stream_seed
 from nestling.generation.sampling import Sampling
 from nestling.generation.sequence import Completion, Piece, TokenLog
 from nestling.generation.sequence import Request as TextRequest
@@ -96,7 +95,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     record.model, record.prompt_tokens = served.name, sum(map(len, prompts))
     record.text = {"prompt": body.prompt}
     writer = TextWriter(
-        f"cmpl-{secrets.token_hex(12)}", int(time.time()), served.name, served.fingerprint,
+        f"cmpl-{fresh_name()}", int(time.time()), served.name, served.fingerprint,
         logprobs=body.logprobs is not None,
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
     )  # fmt: skip
@@ -111,7 +110,7 @@ async def _begin(served: Served, body: CompletionRequest, prompts: list[list[int
     """Hand all texts to the engine, or none."""
     limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     sampling = body.sampling(served.tokenizer.vocab_size, max_tokens=limit or 1, top_logprobs=body.logprobs)
-    seed = secrets.randbits(62) if body.seed is None else body.seed
+    seed = fresh_seed() if body.seed is None else body.seed
     texts: list[Text] = []
     begun = False
     try:

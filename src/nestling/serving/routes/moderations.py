@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from nestling.core.runtime import fresh_name
 from nestling.serving.errors import ApiError
 from nestling.serving.guarding import NAME
 from nestling.serving.protocol.messages import Part, Wire, to_text
@@ -35,7 +35,7 @@ async def create_moderation(request: Request, body: ModerationRequest) -> dict[s
     results = [{"flagged": verdict.flagged, "categories": verdict.categories, "category_scores": verdict.scores,
                 "category_applied_input_types": {name: ["text"] for name in verdict.categories}}
                for verdict in verdicts]  # fmt: skip
-    return {"id": f"modr-{secrets.token_hex(12)}", "model": NAME, "results": results}
+    return {"id": f"modr-{fresh_name()}", "model": NAME, "results": results}
 
 
 def _texts(body: ModerationRequest) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from nestling.core.runtime import fresh_seed
 from nestling.core.types import Message
 from nestling.serving.answering import Answer, Question, begin_all
 from nestling.serving.choosing import choose
@@ -146,7 +147,7 @@ def _question(
     )  # fmt: skip
     instructions = (Message(role="system", content=body.instructions),) if body.instructions else ()
     return Question(
-        (*instructions, *messages), sampling, seed=secrets.randbits(62) if body.seed is None else body.seed,
+        (*instructions, *messages), sampling, seed=fresh_seed() if body.seed is None else body.seed,
         offer=offer(body.nested_tools, body.nested_choice, served.toolbox.names, body.parallel_tool_calls is not False),
         effort=body.reasoning.effort if body.reasoning else None,
         rounds=settings.tool_rounds, max_runs=body.max_tool_calls, tool_seconds=settings.tool_seconds,

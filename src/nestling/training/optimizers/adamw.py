@@ -25,9 +25,6 @@ def adamw(
 ) -> torch.optim.Optimizer:
     """A fused AdamW that decays `matrices` and leaves `vectors` undecayed."""
     decayed, plain = list(matrices), list(vectors)
-    parts = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    parts = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     filled = [part for part in parts if part["params"]]
     return torch.optim.AdamW(filled, lr=learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
