@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +38,8 @@ def test_released_text_is_what_stands_before_the_first_stop_text(text: str, stop
         assert shown == text
 
 
-IDS = st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=24)
+ONE = st.integers(0, TOKENIZER.vocab_size - 1).map(lambda token: [token])
+IDS = st.lists(st.one_of(TEXTS.map(TOKENIZER.encode), ONE), max_size=6).map(lambda parts: [*chain(*parts)][:24])
 SIZES = st.lists(st.integers(1, 6), min_size=24, max_size=24)
 
 
