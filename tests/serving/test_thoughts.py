@@ -22,6 +22,7 @@ from nestling.serving.app import create_app
 from nestling.serving.driver import Driver
 from nestling.serving.models import Models, Served
 from nestling.serving.protocol.messages import ChatMessage, to_messages
+from nestling.serving.protocol.responses import ResponsesRequest
 from nestling.serving.settings import ServeSettings
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, render
@@ -233,6 +234,39 @@ def test_a_client_that_sends_back_what_it_got_gets_the_tokens_of_training(own, s
     client.chat.completions.create(**given | {"max_tokens": 1}, messages=asked)
     assert tokenizer.id(THINK_START) not in sent[-1]
     assert "easy" not in tokenizer.decode(sent[-1])
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_items_sent_back_make_the_tokens_of_training(own, sent, by_id):
+    """The same of /v1/responses: the thought is an item before its call, or remembered with it; history has none."""
+    client, tokenizer = own.client(), own.app.state.models.default.tokenizer
+    lesson = lessons(tokenizer, opened=False)[-1]
+    given = {"model": "tiny", "temperature": 0, "tools": [{"type": "function", "name": "calculator"}]}
+    asked = [{"role": "user", "content": SUM}]
+    first = client.responses.create(**given, input=asked, max_output_tokens=60)
+    assert [item.type for item in first.output] == ["reasoning", "function_call"]
+    result = {"type": "function_call_output", "call_id": first.output[1].call_id, "output": "5"}
+    history = [*asked, *(item.model_dump(exclude_none=True) for item in first.output), result]
+    then = {"input": [result], "previous_response_id": first.id} if by_id else {"input": history}
+    last = client.responses.create(**given, **then, max_output_tokens=60)
+    assert last.output_text == "It is 5."
+    answer = [*tokenizer.encode("It is 5."), tokenizer.id(TURN_END)]
+    assert sent[-1] == lesson[: -len(answer)]
+    history += [*(item.model_dump(exclude_none=True) for item in last.output), *asked]
+    then = {"input": asked, "previous_response_id": last.id} if by_id else {"input": history}
+    client.responses.create(**given, **then, max_output_tokens=16)
+    assert tokenizer.id(THINK_START) not in sent[-1]
+    assert tokenizer.decode(sent[-1]).count(SUM) == 2
+
+
+def test_a_thought_after_which_nothing_was_said_is_left_out():
+    """And all of them are, for a model that has none."""
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    said = [thought, {"role": "assistant", "content": "Hi"}, thought, {"role": "user", "content": "Yes?"}, thought]
+    base = Tokenizer.train(["Hi"], vocab_size=260)
+    body = ResponsesRequest.model_validate({"model": "tiny", "input": said})
+    assert [one.content for one in body.messages(base)] == ["Hi", "Yes?"]
+    assert [one.content for one in body.messages(base.with_special(CHAT))] == ["<think>hm</think>Hi", "Yes?"]
 
 
 def test_thoughts_are_for_models_that_think():

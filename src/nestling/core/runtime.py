@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DEVICES = ("cpu", "cuda", "mps")
-_FRESH = random.Random()  # seeded by the system once: asking it for each request lets other threads run first
 
 
 @dataclass(frozen=True)
@@ -196,12 +196,18 @@ def python_stream(seed: int, *names: str | int) -> random.Random:
 
 def fresh_name() -> str:
     """24 hexadecimal digits that no other request has; no secret."""
-    return f"{_FRESH.getrandbits(96):024x}"
+    return f"{_fresh().getrandbits(96):024x}"
 
 
 def fresh_seed() -> int:
     """For a request that gives none."""
-    return _FRESH.getrandbits(62)
+    return _fresh().getrandbits(62)
+
+
+@cache
+def _fresh() -> random.Random:
+    """Seeded by the system once: to ask it for every request lets other threads run first."""
+    return random.Random()
 
 
 def data_root() -> Path:

@@ -197,16 +197,6 @@ def answer_columns(answers: list[Row]) -> list[str]:
 
 
 STAGE_RULES = (
-    _unfinished,
-    _not_finite,
-    _curve,
-    _repeated,
-    _overfitted,
-    _no_better_than_counting,
-    _reward_by_chance,
-    _over_optimised,
-    _lost_to_sft,
-    _entropy_gone,
-    _length_drifted,
-    _skipped_rows,
-)
+    _unfinished, _not_finite, _curve, _repeated, _overfitted, _no_better_than_counting,
+    _reward_by_chance, _over_optimised, _lost_to_sft, _entropy_gone, _length_drifted, _skipped_rows,
+)  # fmt: skip

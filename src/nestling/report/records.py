@@ -139,18 +139,11 @@ def _read_stage(folder: Path) -> StageRecord | None:
         return StageRecord(folder.name, folder.name, rows=rows, samples=samples) if begun else None
     record = read_json(folder / "stage.json")
     return StageRecord(
-        name=record.get("name", folder.name),
-        kind=record.get("stage", folder.name),
-        key=record.get("key", ""),
-        settings=record.get("settings") or {},
-        report=record.get("report") or {},
-        reads=record.get("reads") or {},
-        seconds=number(record.get("seconds")) or 0.0,
-        finished=record.get("finished") or "",
-        rows=rows,
-        samples=samples,
-        failures=failures,
-    )
+        name=record.get("name", folder.name), kind=record.get("stage", folder.name), key=record.get("key", ""),
+        settings=record.get("settings") or {}, report=record.get("report") or {}, reads=record.get("reads") or {},
+        seconds=number(record.get("seconds")) or 0.0, finished=record.get("finished") or "",
+        rows=rows, samples=samples, failures=failures,
+    )  # fmt: skip
 
 
 def _names_world(value: object) -> bool:

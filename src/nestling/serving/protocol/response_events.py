@@ -14,6 +14,7 @@ from nestling.generation.sequence import TokenLog
 from nestling.serving.protocol.deltas import Delta
 from nestling.serving.protocol.logprobs import chat_logprobs
 from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.special import THINK_END, THINK_START
 
 Event = tuple[str, dict[str, Any]]
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "mcp_call": "mcp"}
@@ -99,6 +100,13 @@ class Composer:
         where = {"item_id": item["id"], "output_index": place}
         return [self._event("response.mcp_call.completed", **where),
                 self._event("response.output_item.done", output_index=place, item=item)]  # fmt: skip
+
+    @property
+    def thought(self) -> str:
+        """What was thought since a tool of the service last ran, marked as the renderer takes it."""
+        last = max((place for place, item in enumerate(self.output) if item["type"] == "mcp_call"), default=-1)
+        items = (item for item in self.output[last + 1 :] if item["type"] == "reasoning")
+        return "".join(f"{THINK_START}{item['content'][0]['text']}{THINK_END}" for item in items)
 
     # ---- items ----
 

@@ -12,6 +12,8 @@ from nestling.serving.errors import lacking, unsupported
 from nestling.serving.protocol.chat import Effort, Form, TalkRequest, constraint_of
 from nestling.serving.protocol.messages import Part, Role, to_call, to_text
 from nestling.serving.protocol.tools import Allowed, Choice, Function, FunctionName, Tool, ToolChoice
+from nestling.tokenizer.bpe import Tokenizer
+from nestling.tokenizer.special import THINK_END, THINK_START
 
 FORM = "text.format.schema"
 """Where a request says what the text must be."""
@@ -20,7 +22,7 @@ FORM = "text.format.schema"
 class Item(BaseModel):
     """An item of the input: a message, a call that was made, what came out of it, or both of a call on the server.
 
-    Reasoning is read and left out: a model is not told again what it thought.
+    Reasoning belongs to the turn that it began; the renderer shows it within a round of tools only.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -149,8 +151,11 @@ class ResponsesRequest(TalkRequest):
         """The choice as chat spells it."""
         return self.tool_choice.nested if isinstance(self.tool_choice, FlatChoice) else self.tool_choice
 
-    def messages(self) -> list[Message]:
+    def messages(self, tokenizer: Tokenizer | None = None) -> list[Message]:
         """The input as messages, without the instructions.
+
+        Args:
+            tokenizer: of the model; without one, and for one that has no thoughts, there are none.
 
         Raises:
             ApiError: an item that is no text, that lacks what its type needs, or that only refers to another.
@@ -158,10 +163,12 @@ class ResponsesRequest(TalkRequest):
         if self.input is None or isinstance(self.input, str):
             return [Message(role="user", content=self.input)] if self.input is not None else []
         messages: list[Message] = []
+        thoughts = tokenizer is not None and THINK_START in tokenizer.special
         for place, item in enumerate(self.input):
             for message in _to_messages(item, f"input[{place}]"):
-                _append(messages, message)
-        return messages
+                if thoughts or not _is_thought(message):
+                    _append(messages, message)
+        return [message for message in messages if not _is_thought(message)]
 
 
 def _nested(tools: Sequence[FlatTool], param: str) -> list[Tool]:
@@ -177,6 +184,8 @@ def _to_messages(item: Item, param: str) -> list[Message]:
     if item.type == "item_reference":
         raise unsupported(param, "send the item itself, or go on with previous_response_id")
     messages = []
+    if item.type == "reasoning" and (thought := to_text(item.content or "", f"{param}.content")):
+        messages.append(Message(role="assistant", content=f"{THINK_START}{thought}{THINK_END}"))
     if item.type in ("function_call", "mcp_call"):
         if item.name is None:
             raise lacking(f"{param}.name")
@@ -187,11 +196,17 @@ def _to_messages(item: Item, param: str) -> list[Message]:
     return messages
 
 
+def _is_thought(message: Message) -> bool:
+    """Whether nothing was said after it."""
+    whole = message.content.startswith(THINK_START) and message.content.endswith(THINK_END)
+    return whole and message.role == "assistant" and not message.tool_calls
+
+
 def _append(messages: list[Message], message: Message) -> None:
-    """A call goes into the assistant's turn before it: items are finer than turns."""
+    """A call goes into the assistant's turn before it, and all after a thought: items are finer than turns."""
     last = messages[-1] if messages else None
-    if message.tool_calls and last and last.role == "assistant":
+    if last and last.role == message.role == "assistant" and (message.tool_calls or _is_thought(last)):
         calls = (*last.tool_calls, *message.tool_calls)
-        messages[-1] = Message(role="assistant", content=last.content, tool_calls=calls)
+        messages[-1] = Message(role="assistant", content=last.content + message.content, tool_calls=calls)
     else:
         messages.append(message)

@@ -38,10 +38,9 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     settings: ServeSettings = request.app.state.settings
     memory: Memory = request.app.state.memory
     record: Record = request.state.record
-    messages = await _conversation(body, memory, record.key)
-    own = lets_own(body.nested_tools, body.nested_choice)
-    chosen = choose(request.app.state, body.model, messages, tools=own)
-    served = chosen.served
+    before, own = await _before(body, memory, record.key), lets_own(body.nested_tools, body.nested_choice)
+    chosen = choose(request.app.state, body.model, (*before, *body.messages()), tools=own)
+    served, messages = chosen.served, (*before, *body.messages(chosen.served.tokenizer))
     question = chosen.adapt(_question(served, settings, body, messages))
     question = replace(question, guard=request.app.state.guard, key=record.key)
     answer = Answer(served, question, whole=not body.stream)
@@ -111,6 +110,8 @@ class _Reply:
         reply = self._answer.message
         self._record.text |= {"reply": reply.to_row()}
         if self._memory is not None:
+            if reply.tool_calls:  # what comes of them belongs to the same turn, in which the thought still stands
+                reply = Message(role="assistant", content=self._composer.thought + reply.content, tool_calls=reply.tool_calls)
             said = (*self._messages, *self._answer.steps, reply)
             await self._memory.keep(Kept(self._composer.body, said), self._record.key)
 
@@ -127,14 +128,13 @@ def _unknown(name: str, param: str | None = None) -> ApiError:
     return ApiError(what, status=404 if param is None else 400, code="response_not_found", param=param)
 
 
-async def _conversation(body: ResponsesRequest, memory: Memory, key: str) -> tuple[Message, ...]:
-    """What was said before, and what is said now."""
+async def _before(body: ResponsesRequest, memory: Memory, key: str) -> tuple[Message, ...]:
+    """What was said before what is said now."""
     previous = body.previous_response_id
     before = (await _remembered(memory, previous, key, "previous_response_id")).messages if previous else ()
-    messages = (*before, *body.messages())
-    if not messages:
+    if not before and not body.messages():
         raise ApiError("input: there is nothing to answer", param="input", code="missing_required_parameter")
-    return messages
+    return before
 
 
 def _question(
