@@ -119,15 +119,18 @@ def test_help_answers_without_torch(nestling: CommandLine) -> None:
     assert "--training.learning-rate" in nestling("sft", "--help").out
 
 
-def test_a_full_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("verb", "fix"), [("run", "higher objective.microbatches"), ("serve", "fewer or shorter texts")])
+def test_a_full_gpu_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str, fix: str
+) -> None:
     def full(**_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB")
 
     monkeypatch.setattr(app, "build_app", lambda word: full)
-    monkeypatch.setattr(sys, "argv", ["nestling", "run"])
+    monkeypatch.setattr(sys, "argv", ["nestling", verb])
     with pytest.raises(SystemExit) as left:
         app.main()
     assert left.value.code == app.USER_ERROR
     said = capsys.readouterr().err
-    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB; compute less at once: ")
+    assert said.startswith(f"error: CUDA out of memory. Tried to allocate 2.00 GiB; compute less at once: {fix}")
     assert said.count("\n") == 1

@@ -6,6 +6,7 @@ Every case is asked for at both endpoints, whole and as a stream; the two must s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -13,8 +14,10 @@ import torch
 from families import FORMS, make
 from taught import Service, running, say, teach
 
-from nestling.core.types import Message, ToolCall
+from nestling.core.types import Message, PromptRow, ToolCall
 from nestling.generation.engine import Engine
+from nestling.generation.sampling import Sampling
+from nestling.generation.sequence import Completion
 from nestling.model.config import DecoderConfig
 from nestling.model.decoder import build
 from nestling.serving.answering import Question
@@ -24,6 +27,7 @@ from nestling.serving.models import Models, Served
 from nestling.serving.protocol.messages import ChatMessage, to_messages
 from nestling.serving.protocol.responses import ResponsesRequest
 from nestling.serving.settings import ServeSettings
+from nestling.stages.trials import _thoughtful
 from nestling.tokenizer.bpe import Tokenizer
 from nestling.tokenizer.conversation import between, render
 from nestling.tokenizer.special import CHAT, THINK_END, THINK_START, TURN_END
@@ -275,6 +279,20 @@ def test_thoughts_are_for_models_that_think():
     base = Tokenizer.train(["Hi"], vocab_size=260)
     assert [one.content for one in to_messages(said, base)] == ["Hi", "Hi"]
     assert [one.content for one in to_messages(said, base.with_special(CHAT))] == ["Hi", "<think>hm</think>Hi"]
+
+
+def test_trials_open_a_thought_only_once(opening, own):
+    """What a candidate for the router is tried with is what the service sends."""
+    for service, begun in ((opening, "<think>\n"), (own, "<think>")):
+        tokenizer, asked = service.app.state.models.default.tokenizer, []
+
+        def generate(requests, asked=asked):
+            asked += requests
+            return [Completion([], [], [], "", "length")]
+
+        engine = SimpleNamespace(tokenizer=tokenizer, generate=generate)
+        _thoughtful(engine, [PromptRow(prompt=(say("user", "Think."),))], Sampling(max_tokens=8), seed=1)
+        assert tokenizer.decode(asked[0].ids, control=True).endswith(f"assistant\n{begun}")
 
 
 def test_effort_opens_a_thought_only_once(opening):

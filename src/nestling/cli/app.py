@@ -22,6 +22,8 @@ from nestling.core.metrics import say
 from nestling.core.registry import names
 
 USER_ERROR, INTERRUPTED = 2, ranks.INTERRUPTED
+ANSWERS = ("chat", "generate", "decode-lab", "serve", "export", "verify-export", "merge", "import")
+"""Verbs that train nothing."""
 VERBS = {
     "run": "runs",
     "report": "runs",
@@ -109,7 +111,9 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which takes seconds to import
             raise
         what = ". ".join(str(error).split(". ")[:2])  # and how much was asked for
-        _fail(f"error: {what}; compute less at once: higher objective.microbatches, or training.recompute=blocks", USER_ERROR)
+        trains = words[:1] and words[0] not in ANSWERS
+        less = "higher objective.microbatches, or training.recompute=blocks" if trains else "fewer or shorter texts"
+        _fail(f"error: {what}; compute less at once: {less}", USER_ERROR)
 
 
 def _usage(error: Any) -> str:

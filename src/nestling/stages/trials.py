@@ -25,7 +25,7 @@ from nestling.serving.answering import EFFORTS, ThoughtLimit, forbidden
 from nestling.serving.choosing import THINKING
 from nestling.stages._training import read_split
 from nestling.stages._truth import WorldSettings, correctness
-from nestling.tokenizer.conversation import parse_reply, render
+from nestling.tokenizer.conversation import opened_by, parse_reply, render
 from nestling.tokenizer.special import THINK_START
 
 VERSION = 3
@@ -127,7 +127,8 @@ def _thoughtful(engine: Engine, rows: Sequence[PromptRow], sampling: Sampling, s
     """As `_spoken`, with a thought opened for the model and bounded; it costs, and is no part of the answer."""
     tokenizer, opened = engine.tokenizer, engine.tokenizer.id(THINK_START)
     budget = int(sampling.max_tokens * EFFORTS[THINKING])
-    starts = [[*render(tokenizer, row.prompt, prompt=True).ids, opened] for row in rows]
+    rendered = [render(tokenizer, row.prompt, prompt=True).ids for row in rows]
+    starts = [ids if opened_by(tokenizer, ids) == THINK_START else [*ids, opened] for ids in rendered]
     limits = [ThoughtLimit(tokenizer, budget, THINK_START) for _ in rows]
     asked = zip(starts, limits, strict=True)
     done = engine.generate([Request(ids, sampling, seed=seed + n, interject=i) for n, (ids, i) in enumerate(asked)])
