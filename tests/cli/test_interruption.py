@@ -85,7 +85,7 @@ def test_kill_9_at_every_hand_over_ends_in_the_same_weights(
     out = tmp_path / "run"
     words = ("run", TINY, "--out", out, *CALM)
     ends = [nestling(*words, signal=signal.SIGKILL, when=out / moment).code for moment in MOMENTS]
-    assert ends.count(-signal.SIGKILL) >= len(MOMENTS) - 2, ends  # a short moment may be missed
+    assert ends == [-signal.SIGKILL] * len(MOMENTS)
     done = nestling(*words)
     assert done.code == 0, done.err
     same_as(finished, out)

@@ -5,7 +5,8 @@ The child is what `nestling` is: its own process with its own exit code and stre
 
     {"words": ["run", "demo"], "signal": 9, "when": "runs/demo/corpus/*.tmp", "after": 0.5, "largest_file": 50000}
 
-    signal        sent to the child `delay` seconds after a file matches the pattern `when`, or `after` seconds from its start
+    signal        sent to the child `after` seconds from its start; or by itself, as soon as it touches a file while one
+                  matches the pattern `when`, so that no moment is too short
     largest_file  bytes; a longer file can't be written, as on a full disk
 """
 
@@ -19,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import IO, Any
 
 from nestling.cli.app import main
@@ -46,9 +48,7 @@ def wait(child: int, order: dict[str, Any]) -> int:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        late = time.monotonic() - started >= order.get("after", float("inf"))
-        if waiting and (late or ("when" in order and glob.glob(order["when"], include_hidden=True))):
-            time.sleep(order.get("delay", 0))
+        if waiting and time.monotonic() - started >= order.get("after", float("inf")):
             os.kill(child, order["signal"])
             waiting = False
         time.sleep(0.001)
@@ -61,6 +61,8 @@ def become(order: dict[str, Any], out: IO[bytes], err: IO[bytes]) -> None:
     os.dup2(err.fileno(), 2)
     if "largest_file" in order:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], resource.RLIM_INFINITY))
+    if "when" in order:
+        sys.addaudithook(signal_at(order["when"], order["signal"]))
     sys.argv = ["nestling", *order["words"]]
     code = 0
     try:
@@ -74,6 +76,17 @@ def become(order: dict[str, Any], out: IO[bytes], err: IO[bytes]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def signal_at(when: str, number: int) -> Callable[[str, object], None]:
+    """A hook that sends this process a signal, once, before it opens, renames, makes or removes anything further."""
+    left = [number]
+
+    def hook(event: str, _: object) -> None:
+        if left and event in ("open", "os.rename", "os.mkdir", "os.remove") and glob.glob(when, include_hidden=True):
+            os.kill(os.getpid(), left.pop())
+
+    return hook
 
 
 def serve() -> None:
