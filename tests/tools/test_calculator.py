@@ -81,10 +81,10 @@ def test_refused_with_words(expression: str) -> None:
 
 
 def test_nothing_takes_long() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for expression in ["9**256 * 9**256", "*".join(["99999999"] * 22), "7" * 200, "(2**256)**256", "1/7**250/7**99"]:
         run(expression)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_schema_is_derived() -> None:

@@ -119,6 +119,6 @@ def test_any_latex_is_read_or_shown():
 def test_no_text_takes_long(part):
     """An end is looked for within a bounded length: squared, this would take minutes."""
     to_mathml.cache_clear()
-    begun = time.perf_counter()
+    begun = time.process_time()
     to_html(part * 5_000)
-    assert time.perf_counter() - begun < 3
+    assert time.process_time() - begun < 3
