@@ -53,9 +53,9 @@ def test_the_report_has_its_stable_keys(finished: Path) -> None:
 
 def test_finished_stages_are_skipped(finished: Path) -> None:
     before = content_hash(finished / "ppo" / "model")
-    started = time.process_time()
+    started = time.perf_counter()
     pipeline.run(road(), finished, detect("cpu", "fp32"), quiet=True)
-    assert time.process_time() - started < 10
+    assert time.perf_counter() - started < 10
     assert content_hash(finished / "ppo" / "model") == before
 
 

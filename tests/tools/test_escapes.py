@@ -99,7 +99,7 @@ while True:
 """
     begun = time.monotonic()
     assert arena.run(code, seconds=0.6).startswith("error: ")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 3
 
 
 def test_waiting_is_ended(arena: Arena) -> None:
@@ -107,7 +107,7 @@ def test_waiting_is_ended(arena: Arena) -> None:
     assert arena.run("import time\nprint('here', flush=True)\ntime.sleep(60)", seconds=1.5) == (
         "error: stopped after 1.5 s\nhere"
     )
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 3
 
 
 def test_processor_time_is_limited_by_the_kernel_as_well(arena: Arena) -> None:

@@ -146,7 +146,7 @@ def test_trusted_code_runs_with_the_limits_that_there_are(monkeypatch: pytest.Mo
     assert python.call("6 * 7", Settings(trusted=True)) == "42"
     start = time.monotonic()
     assert python.call("while True: pass", Settings(trusted=True, seconds=0.5)).startswith("error: stopped after 0.5 s")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 3
 
 
 def test_a_door_that_does_not_close_lets_nothing_run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

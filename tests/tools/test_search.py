@@ -150,11 +150,11 @@ def test_any_searcher_takes_the_place_of_the_index(tmp_path: Path, monkeypatch: 
 
 def test_many_passages_are_searched_fast_and_from_any_thread(tmp_path: Path) -> None:
     index = index_of(tmp_path / "i", [f"passage number {n} of the long book {n % 7}" for n in range(5000)])
-    start = time.process_time()
+    start = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda n: index.search(f"number {n}", 1)[0].text.split()[2], range(100)))
     assert found == [str(n) for n in range(100)]
-    assert time.process_time() - start < 5
+    assert time.perf_counter() - start < 5
 
 
 def test_an_unfinished_build_leaves_nothing(tmp_path: Path) -> None:

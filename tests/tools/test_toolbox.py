@@ -133,7 +133,7 @@ def test_slow_calls_end_in_time_and_do_not_hold_up_others(address: str) -> None:
             with ThreadPoolExecutor(1) as beside:
                 waiting = beside.submit(box.run, "toy_slow", {})
                 assert box.run("toy_add", {"a": 1}) == "2"
-                assert time.monotonic() - begun < 4  # before the slow one gives up
+                assert time.monotonic() - begun < 2
                 assert waiting.result() == "error: toy did not answer within 5 s"
             assert box.run("toy_add", {"a": 2}) == "3", "the session goes on"
 
